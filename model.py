@@ -1,0 +1,386 @@
+"""The vision transformer of DINOv2, its projection head, and loading their weights.
+
+State-dict keys, constructor keywords and results are those of facebookresearch/dinov2, so official weights load
+strictly and ours load elsewhere. Differences, all invisible from outside: tokens of every crop size go through the
+linear layers as one packed (T, C) matrix, and drop path gets its random indices from the caller.
+
+B images, N tokens of an image (cls, registers, patches), T = sum of B * N over crop sizes, C width, H heads,
+D head dim, P patches, K prototypes; an image is (B, in_chans, h, w).
+"""
+
+import math
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import attention
+from runtime import load_checkpoint
+
+SIZES = {
+    "vit_micro": dict(embed_dim=128, depth=4, num_heads=4),  # the CPU preset's, for trying things
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
+    "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24, ffn_layer="swiglufused"),
+}
+ULTRADINO_MEAN_STD = (0.1842924807, 0.2187705424)  # of FUS13M, what UltraDINO's files were trained with (its code)
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+# ---------------------------------------------------------------- transformer
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, in_chans, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, P, C)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, shapes):
+        return self.proj(attention(self.qkv(x), shapes, self.num_heads))  # (T, C)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        hidden_dim = (int(hidden_dim * 2 / 3) + 7) // 8 * 8  # as many parameters as the MLP, in multiples of 8
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": SwiGLU}  # DINOv2's names
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, init_values):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
+
+    def forward(self, x):
+        return x * self.gamma  # float32 even where x is bf16: the residual stream must not round 1e-5 away
+
+
+def add_residual(x, shapes, drop, branch):
+    """x + branch(x). With drop = (rows, scale, kept_shapes) the branch runs on a random subset of the images only.
+
+    Stochastic depth as DINOv2 does it: each crop size keeps a share of its images, the residual is scaled by
+    images / kept, and the dropped images cost nothing.
+    """
+    if drop is None:
+        return x + branch(x, shapes)
+    rows, scale, kept_shapes = drop
+    residual = branch(x.index_select(0, rows), kept_shapes) * scale  # (kept tokens, C)
+    return x.index_add(0, rows, residual.to(x.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, mlp_ratio, ffn_layer, init_values):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    def forward(self, x, shapes, drops=(None, None)):
+        x = add_residual(x, shapes, drops[0], lambda y, kept: self.ls1(self.attn(self.norm1(y), kept)))
+        return add_residual(x, shapes, drops[1], lambda y, kept: self.ls2(self.mlp(self.norm2(y))))
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2's ViT. `drop_path_rate` is the same for every block (DINOv2's drop_path_uniform, UltraDINO's choice)."""
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+                 ffn_layer="mlp", num_register_tokens=0, drop_path_rate=0.0, init_values=1e-5,
+                 interpolate_offset=0.1, interpolate_antialias=False):
+        super().__init__()
+        self.embed_dim, self.patch_size, self.in_chans = embed_dim, patch_size, in_chans
+        self.num_heads, self.num_register_tokens, self.drop_path_rate = num_heads, num_register_tokens, drop_path_rate
+        self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, ffn_layer, init_values) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self._resize = {}  # (grid, device, dtype) -> matrix that interpolates pos_embed, see position_matrix
+        self.init_weights()
+
+    def init_weights(self):
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.num_register_tokens:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        self.blocks.apply(init_linear)  # the patch projection keeps nn.Conv2d's own initialisation
+
+    def positions(self, grid):
+        """Position of cls and patches for a grid of (rows, columns) patches: (1, 1 + P, C)."""
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        if grid == (side, side):
+            return self.pos_embed
+        key = (grid, self.pos_embed.device, self.pos_embed.dtype)
+        if key not in self._resize:
+            self._resize[key] = position_matrix(side, grid, self.interpolate_offset, self.interpolate_antialias).to(
+                self.pos_embed)
+        with torch.autocast(self.pos_embed.device.type, enabled=False):  # positions stay float32
+            patches = self._resize[key] @ self.pos_embed[0, 1:]  # (P, C)
+        return torch.cat((self.pos_embed[:, :1], patches[None]), dim=1)
+
+    def prepare_tokens(self, x, masks=None):
+        """(B, in_chans, h, w), masks (B, P) bool or None -> (B, N, C): cls, registers, patches."""
+        B, _, h, w = x.shape
+        if x.shape[1] != self.in_chans or h % self.patch_size or w % self.patch_size:
+            raise ValueError(f"image of {x.shape[1]} channels, {h}x{w}: this model takes {self.in_chans} channels and "
+                             f"sides that are multiples of its patch size {self.patch_size}")
+        x = self.patch_embed(x)  # (B, P, C)
+        if masks is not None:
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)
+        x = x + self.positions((h // self.patch_size, w // self.patch_size))
+        if self.num_register_tokens:  # registers come after the positions are added: they have none
+            x = torch.cat((x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]), dim=1)
+        return x
+
+    def pack(self, crops, masks):
+        """Tokens of every crop group as one matrix (T, C), and the (B, N) of each group."""
+        tokens = [self.prepare_tokens(x, mask) for x, mask in zip(crops, masks)]
+        return torch.cat([x.flatten(0, 1) for x in tokens]), [tuple(x.shape[:2]) for x in tokens]
+
+    def forward_features(self, x, masks=None, drops=None):
+        """Tensor (B, in_chans, h, w) -> DINOv2's dict of normalised tokens; a list of crop groups -> a list of dicts.
+
+        `masks` replaces patches by the mask token, one (B, P) bool tensor (or None) per group. `drops` is what
+        `draw_drop_path` drew for these groups; without it no image is dropped.
+        """
+        if not isinstance(x, (list, tuple)):
+            return self.forward_features([x], [masks], drops)[0]
+        masks = masks or [None] * len(x)
+        packed, shapes = self.pack(x, masks)  # (T, C)
+        for i, block in enumerate(self.blocks):
+            packed = block(packed, shapes, drops[2 * i:2 * i + 2] if drops else (None, None))
+        sizes, R = [B * N for B, N in shapes], self.num_register_tokens
+        outputs = []
+        for shape, mask, prenorm, normed in zip(shapes, masks, packed.split(sizes), self.norm(packed).split(sizes)):
+            normed = normed.view(*shape, self.embed_dim)  # (B, N, C)
+            outputs.append({"x_norm_clstoken": normed[:, 0], "x_norm_regtokens": normed[:, 1:1 + R],
+                            "x_norm_patchtokens": normed[:, 1 + R:], "x_prenorm": prenorm.view(*shape, self.embed_dim),
+                            "masks": mask})
+        return outputs
+
+    def forward(self, x, masks=None, is_training=False):
+        features = self.forward_features(x, masks)
+        return features if is_training else features["x_norm_clstoken"]  # (B, C)
+
+    def draw_drop_path(self, shapes, rng):
+        """Which images of each group (B, N) every residual branch keeps: a list of 2 * depth entries, or None.
+
+        Drawn on the CPU from numpy generator `rng` before the forward, so that nothing random happens inside it.
+        """
+        if not self.drop_path_rate:
+            return None
+        branches, device, offset, rows, scale, kept_shapes = 2 * len(self.blocks), self.pos_embed.device, 0, [], [], []
+        for B, N in shapes:
+            kept = min(B, max(int(B * (1 - self.drop_path_rate)), 1))
+            chosen = np.sort(rng.random((branches, B)).argsort(axis=1)[:, :kept], axis=1)  # (branches, kept)
+            first = torch.from_numpy(offset + chosen * N).to(device, non_blocking=True)
+            rows.append((first[..., None] + torch.arange(N, device=device)).flatten(1))  # (branches, kept * N)
+            scale.append(torch.full((kept * N, 1), B / max(kept, 1), device=device))
+            kept_shapes.append((kept, N))
+            offset += B * N
+        rows, scale = torch.cat(rows, dim=1), torch.cat(scale)  # (branches, kept tokens), (kept tokens, 1)
+        return [(branch_rows, scale, kept_shapes) for branch_rows in rows]
+
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
+        """Patch tokens after the last n blocks (or after the blocks named in the list n), registers left out.
+
+        Each (B, P, C), or (B, C, rows, columns) with `reshape`; with `return_class_token` pairs (patches, cls).
+        """
+        wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
+        packed, shapes = self.pack([x], [None])
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            packed = block(packed, shapes)
+            if i in wanted:
+                tokens = (self.norm(packed) if norm else packed).view(*shapes[0], self.embed_dim)  # (B, N, C)
+                patches, cls = tokens[:, 1 + self.num_register_tokens:], tokens[:, 0]
+                if reshape:
+                    grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, C, rows, columns)
+                outputs.append((patches, cls) if return_class_token else patches)
+        return tuple(outputs)
+
+
+def init_linear(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def position_matrix(side, grid, offset=0.0, antialias=False):
+    """The matrix (P, side^2) that bicubic interpolation applies to a side x side map to give `grid` = (rows, columns).
+
+    Interpolating the identity once makes every later forward and backward a matrix product, which is deterministic
+    on a GPU (the backward of F.interpolate is not). `offset` 0.1 is DINOv2's way of asking for a size.
+    """
+    identity = torch.eye(side * side).view(1, side * side, side, side)
+    if offset:
+        how = dict(scale_factor=tuple((length + offset) / side for length in grid))
+    else:
+        how = dict(size=grid)
+    maps = F.interpolate(identity, mode="bicubic", antialias=antialias, **how)  # (1, side^2, rows, columns)
+    if maps.shape[2:] != grid:
+        raise ValueError(f"positions of {side}x{side} patches cannot be interpolated to {grid}")
+    return maps[0].flatten(1).T.contiguous()
+
+
+# ---------------------------------------------------------------- projection head
+
+class Prototypes(nn.Module):
+    """Weight-normed linear layer without bias: rows of weight_v have length one, times weight_g."""
+
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim).uniform_(-1, 1))
+
+    def weight(self):
+        return self.weight_g * F.normalize(self.weight_v, dim=1)  # (K, bottleneck)
+
+    def forward(self, x):
+        return F.linear(x, self.weight())  # (rows, K)
+
+
+class DINOHead(nn.Module):
+    """MLP to a unit-length bottleneck, then K prototypes: (rows, in_dim) -> logits (rows, K)."""
+
+    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256):
+        super().__init__()
+        if nlayers == 1:
+            self.mlp = nn.Linear(in_dim, bottleneck_dim)
+        else:
+            layers = [nn.Linear(in_dim, hidden_dim), nn.GELU()]
+            for _ in range(nlayers - 2):
+                layers += [nn.Linear(hidden_dim, hidden_dim), nn.GELU()]
+            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.mlp.apply(init_linear)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim)
+
+    def bottleneck(self, x):
+        x = self.mlp(x)  # (rows, bottleneck)
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+    def forward(self, x):
+        return self.last_layer(self.bottleneck(x))
+
+
+# ---------------------------------------------------------------- weights
+
+def load_strict(model, state, what):
+    """Load `state` into `model`; only `pos_embed` may have another size and is interpolated. Returns the model.
+
+    Raises ValueError naming every tensor that is missing, left over or of another shape.
+    """
+    own, state = model.state_dict(), dict(state)
+    if "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape:
+        state["pos_embed"] = resize_positions(state["pos_embed"], own["pos_embed"])
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"left over {key}" for key in state if key not in own]
+    problems += [f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
+                 for key in own if key in state and own[key].shape != state[key].shape]
+    if problems:
+        raise ValueError(f"{what} does not fit this model: " + "; ".join(problems))
+    model.load_state_dict(state)
+    return model
+
+
+def resize_positions(positions, like):
+    """pos_embed (1, 1 + a^2, C) -> (1, 1 + b^2, C)."""
+    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(like.shape[1] - 1)
+    if positions.shape[2] != like.shape[2] or old * old + 1 != positions.shape[1]:
+        return positions  # the caller reports the shapes
+    patches = position_matrix(old, (new, new)).to(positions) @ positions[0, 1:]
+    return torch.cat((positions[:, :1], patches[None]), dim=1)
+
+
+def load_backbone(path):
+    """Read last.pt, a DINOv2 file or an UltraDINO teacher file: (VisionTransformer in eval mode, info).
+
+    info: `config` (the constructor's keywords), `mean`, `std` (of pixels in 0..1, one value per channel if several),
+    `img_size`, `hashes` (uint8 (n, 8) of the images it was trained on, or None), `step` and `args` (or None).
+    """
+    checkpoint = load_checkpoint(path)
+    state = backbone_state(checkpoint, path)
+    config = checkpoint.get("config") or infer_config(state, path)
+    model = load_strict(VisionTransformer(**config), state, path).eval()
+    foreign = ULTRADINO_MEAN_STD if config["in_chans"] == 1 else IMAGENET_MEAN_STD
+    return model, {"config": config, "mean": checkpoint.get("mean", foreign[0]), "std": checkpoint.get("std", foreign[1]),
+                   "img_size": config["img_size"], "hashes": checkpoint.get("hashes"),
+                   "step": checkpoint.get("step"), "args": checkpoint.get("args")}
+
+
+def backbone_state(checkpoint, path):
+    """The teacher's backbone tensors from any layout that DINOv2 and UltraDINO write (specs: ours, teacher, full)."""
+    if isinstance(checkpoint.get("teacher"), dict):  # {"teacher": {"backbone.*", "dino_head.*"}}
+        state = {key: value for key, value in checkpoint["teacher"].items() if key.startswith("backbone.")}
+    elif isinstance(checkpoint.get("model"), dict):  # {"model": {"teacher.backbone.*", "student.*", ...}}
+        state = {key[len("teacher."):]: value for key, value in checkpoint["model"].items()
+                 if key.startswith("teacher.backbone.")}
+    else:  # DINOv2's released backbones: the tensors themselves
+        state = checkpoint
+    state = {key[len("backbone."):] if key.startswith("backbone.") else key: value for key, value in state.items()}
+    # files saved with block_chunks > 0 say blocks.CHUNK.i; i counts through all chunks
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+    if "cls_token" not in state:
+        raise ValueError(f"{path}: no DINOv2 backbone in this file (looked for teacher.backbone.*, model and cls_token; "
+                         f"it has {', '.join(sorted(map(str, checkpoint))[:5])})")
+    return state
+
+
+def infer_config(state, path):
+    """Constructor keywords from tensor shapes, for files that do not store them. Every DINOv2 size has 64 a head."""
+    try:
+        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        swiglu = "blocks.0.mlp.w12.weight" in state
+        hub = in_chans == 3 and registers > 0  # DINOv2's files with registers use exact sizes and antialiasing
+        return dict(
+            img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size, patch_size=patch_size,
+            in_chans=in_chans, embed_dim=embed_dim, num_heads=embed_dim // 64, num_register_tokens=registers,
+            depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+            mlp_ratio=4.0 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+            ffn_layer="swiglufused" if swiglu else "mlp", init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
+            interpolate_offset=0.0 if hub else 0.1, interpolate_antialias=hub)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a DINOv2 vision transformer (looked for {error})")

@@ -1,0 +1,174 @@
+"""Plumbing that every stage needs and no reader wants twice: processes, signals, checkpoints, schedules, the log."""
+
+import contextlib
+import datetime
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+# ---------------------------------------------------------------- processes
+
+def setup():
+    """Join the process group that torchrun describes in the environment, or none: (rank, world size, device)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
+                         f"here): use --nproc_per_node {torch.cuda.device_count()}, or CUDA_VISIBLE_DEVICES= for CPU")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=datetime.timedelta(minutes=30))
+        return dist.get_rank(), dist.get_world_size(), device
+    return 0, 1, device
+
+
+def is_first_on_machine():
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """Turn what is wrong with the user's input (ValueError, OSError) into one sentence on stderr and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def stop_on_signals():
+    """Returns a list that Ctrl-C or SIGTERM appends to, so that the loop can save before leaving; twice is at once."""
+    received = []
+
+    def handle(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print(f"\n{signal.Signals(number).name}: saving after this step, then leaving (again to leave at once)",
+              file=sys.stderr)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return received
+
+
+def ignore_signals(_worker=0):
+    """For data workers: Ctrl-C reaches the whole terminal, but only the main process decides when to leave."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def git_commit():
+    """Commit of this code, or "unknown" outside a git checkout."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                              capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values; a crash or a full disk leaves the file that was there before."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU, every record's CRC checked, plain numbers and tensors only (nothing is run).
+
+    Raises FileNotFoundError or ValueError with a sentence.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint; train one with: python pretrain.py --data FOLDER")
+    try:
+        if zipfile.is_zipfile(path):  # torch.load itself does not compare the CRCs that torch.save wrote
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{path}: record {damaged} is damaged (its CRC does not match)")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: damaged, or not a checkpoint of tensors and plain values ({reason})")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a dict of tensors")
+    return checkpoint
+
+
+def rename_aside(path):
+    """Rename a file to the first free NAME.old-N.EXT beside it; returns the new name."""
+    stem, extension = os.path.splitext(path)
+    number = 1
+    while os.path.exists(f"{stem}.old-{number}{extension}"):
+        number += 1
+    os.rename(path, f"{stem}.old-{number}{extension}")
+    return f"{stem}.old-{number}{extension}"
+
+
+# ---------------------------------------------------------------- schedules
+
+def cosine_schedule(base, final, steps, warmup_steps=0, start=0.0):
+    """float64 (steps,): linear from `start` to `base` over the warm-up (both ends included), then cosine to `final`."""
+    warmup = np.linspace(start, base, warmup_steps)
+    phase = np.arange(steps - warmup_steps) / max(steps - warmup_steps, 1)
+    return np.concatenate((warmup, final + 0.5 * (base - final) * (1 + np.cos(np.pi * phase))))
+
+
+def linear_then_constant(start, value, steps, warmup_steps):
+    """float64 (steps,): linear from `start` to `value` over the warm-up, then `value`."""
+    return np.concatenate((np.linspace(start, value, warmup_steps), np.full(steps - warmup_steps, value)))
+
+
+# ---------------------------------------------------------------- the log
+
+def cut_log(path, step):
+    """Drop log.jsonl's records after `step`: a resumed run writes them again. A half-written last line goes too."""
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        lines = file.readlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line)
+    with open(f"{path}.tmp", "w") as file:
+        file.writelines(kept)
+    os.replace(f"{path}.tmp", path)
+
+
+def log_line(path, bar, record, text):
+    """Append `record` to the JSON-lines log and show `text`: a bar's description on a terminal, else a plain line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    if bar.disable:
+        print(text, flush=True)
+    else:
+        bar.set_description_str(text)
