@@ -1,0 +1,6 @@
+"""The five memory-bound steps of pretraining: each a Triton kernel beside the plain-torch formula it equals."""
+from .attention import attention
+from .common import all_reduce, mode, use_reference
+from .cross_entropy import cross_entropy
+from .sinkhorn import sinkhorn
+from .softmax_center import softmax_center, update_center
