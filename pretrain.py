@@ -1,0 +1,557 @@
+"""Pretrain a vision transformer on a folder of unlabelled ultrasound frames: DINOv2 with UltraDINO's recipe.
+
+A student sees two global and several local crops of an image and learns to predict, through K prototypes, what a
+teacher (its own running average) says of the other crop (DINO) and of patches hidden from it (iBOT); KoLeo spreads
+the images apart. UltraDINO: arXiv 2506.19552; DINOv2: arXiv 2304.07193. Writes last.pt and log.jsonl.
+
+    python pretrain.py                                                  # phantom images, minutes on a CPU
+    python pretrain.py --data FOLDER                                    # one GPU
+    torchrun --nproc_per_node 8 pretrain.py --data FOLDER               # eight
+"""
+
+import argparse
+import copy
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import kernels
+import pack
+import runtime
+from data import Pack, PretrainBatches, make_crops
+from kernels import all_reduce, cross_entropy, sinkhorn, softmax_center, update_center
+from model import SIZES, DINOHead, VisionTransformer
+
+# DINOv2's constants that nobody tunes (its ssl_default_config)
+STUDENT_TEMP, FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 0.1, 1.0, 1e-6, (0.9, 0.999)
+PATCH_EMBED_LR_MULT, LR_BATCH = 0.2, 1024  # the learning rate is base_lr * sqrt(batch / LR_BATCH)
+PHANTOM_IMAGES, PHANTOM_SIZE = 12_000, 64
+KOLEO_EPS, KOLEO_MIN_DISTANCE = 1e-8, 1e-4
+HEALTH_ROWS = 64  # teacher rows whose targets are looked at for the log
+
+# The recipe is UltraDINO's; `cpu` is a small one that learns something of phantom images in minutes on two cores.
+PRESETS = {
+    "ultradino": {},
+    "cpu": dict(
+        arch="vit_micro", patch_size=8, layerscale=0.3, drop_path_rate=0.0, head_n_prototypes=256,
+        head_hidden_dim=512, head_bottleneck_dim=128, global_crops_size=48, global_crops_scale=[0.5, 1.0],
+        local_crops_number=2, local_crops_size=32, local_crops_scale=[0.25, 0.6], centering="sinkhorn_knopp",
+        teacher_temp=0.04, momentum_teacher=0.9, base_lr=2e-3, batch_size_per_gpu=64, total_samples=38_400,
+        dtype="float32", num_workers=1, save_every=100, log_every=10),
+}
+# May differ between a run and its resumption. The data count by their digest, the batch by its total.
+NOT_RECIPE = {"data", "exclude", "holdout", "group_regex", "canvas", "output_dir", "num_workers", "log_every",
+              "save_every", "reference_ops", "preset", "batch_size_per_gpu", "accum_iter"}
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--preset", choices=PRESETS, help="recipe; default ultradino with a GPU and --data, else cpu")
+    # data
+    p.add_argument("--data", help="folder of images, text or CSV list, or a pack; default: phantom images")
+    p.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
+    p.add_argument("--holdout", nargs="+", default=[], help="CSVs, lists or folders whose images and groups stay out")
+    p.add_argument("--group_regex", help="first (capture) in an image's name is its patient, examination or clip")
+    p.add_argument("--canvas", type=int, default=384, help="side of the square frames in a new pack, pixels")
+    p.add_argument("--output_dir", default=".", help="where last.pt, log.jsonl and a new pack go")
+    p.add_argument("--num_workers", type=int, default=4, help="processes that read the pack, per GPU")
+    # model
+    p.add_argument("--arch", choices=SIZES, default="vit_small", help="size of the transformer")
+    p.add_argument("--patch_size", type=int, default=16, help="pixels; crop sizes must be multiples of it")
+    p.add_argument("--num_register_tokens", type=int, default=4, help="extra tokens without a position")
+    p.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale; larger learns faster when small")
+    p.add_argument("--drop_path_rate", type=float, default=0.3, help="share of images each student block skips")
+    p.add_argument("--head_n_prototypes", type=int, default=65536, help="K; fewer for small data or small batches")
+    p.add_argument("--head_hidden_dim", type=int, default=2048, help="width of the projection head")
+    p.add_argument("--head_bottleneck_dim", type=int, default=256, help="width before the prototypes")
+    p.add_argument("--separate_head", action=argparse.BooleanOptionalAction, default=False,
+                   help="patches get a head of their own (DINOv2's long recipe)")
+    # crops and masks
+    p.add_argument("--global_crops_size", type=int, default=224, help="pixels")
+    p.add_argument("--global_crops_scale", type=float, nargs=2, default=[0.32, 1.0], help="share of the image's area")
+    p.add_argument("--local_crops_number", type=int, default=8, help="local crops per image")
+    p.add_argument("--local_crops_size", type=int, default=96, help="pixels")
+    p.add_argument("--local_crops_scale", type=float, nargs=2, default=[0.05, 0.32], help="share of the image's area")
+    p.add_argument("--blur_compat", action=argparse.BooleanOptionalAction, default=True,
+                   help="blur crops as DINOv2's released code does (probabilities 0, 0.9, 0.5), not as written (1, 0.1, 0.5)")
+    p.add_argument("--mask_sample_probability", type=float, default=0.5, help="share of global crops that are masked")
+    p.add_argument("--mask_ratio_min_max", type=float, nargs=2, default=[0.1, 0.5], help="share of patches masked in them")
+    # losses
+    p.add_argument("--centering", choices=("centering", "sinkhorn_knopp"), default="centering",
+                   help="how teacher targets are balanced; sinkhorn_knopp is steadier with small batches")
+    p.add_argument("--teacher_temp", type=float, default=0.07, help="sharpness of the targets after the warm-up")
+    p.add_argument("--warmup_teacher_temp", type=float, default=0.04, help="the same at the start")
+    p.add_argument("--warmup_teacher_temp_fraction", type=float, default=0.3, help="length of that warm-up, share of the run")
+    p.add_argument("--dino_loss_weight", type=float, default=1.0, help="weight of the loss on class tokens")
+    p.add_argument("--ibot_loss_weight", type=float, default=1.0, help="weight of the loss on masked patches")
+    p.add_argument("--koleo_loss_weight", type=float, default=0.1, help="weight of the spreading loss")
+    # optimisation
+    p.add_argument("--total_samples", type=int, default=256_000_000, help="budget in images seen, over all GPUs")
+    p.add_argument("--batch_size_per_gpu", type=int, default=128, help="images per GPU and micro-batch")
+    p.add_argument("--accum_iter", type=int, default=1, help="micro-batches per step; equals a larger batch, but for KoLeo")
+    p.add_argument("--base_lr", type=float, default=4e-3, help="learning rate at a batch of 1024; scales as its square root")
+    p.add_argument("--warmup_fraction", type=float, default=0.1, help="learning-rate warm-up, share of the run")
+    p.add_argument("--weight_decay", type=float, default=0.04, help="at the start")
+    p.add_argument("--weight_decay_end", type=float, default=0.4, help="at the end")
+    p.add_argument("--momentum_teacher", type=float, default=0.992, help="of the teacher's average; rises to 1")
+    p.add_argument("--layerwise_decay", type=float, default=0.9, help="learning-rate factor per block towards the input")
+    p.add_argument("--freeze_last_layer_fraction", type=float, default=0.01, help="prototypes wait, share of the run")
+    p.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm, for backbone and heads apart")
+    # the run
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
+    p.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
+    p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
+    p.add_argument("--reference_ops", action=argparse.BooleanOptionalAction, default=False,
+                   help="plain torch instead of the Triton kernels, to compare the two")
+    chosen, _ = p.parse_known_args(argv)
+    preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
+    p.set_defaults(**{**PRESETS[preset], "preset": preset})
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    for name in ("global_crops_size", "local_crops_size"):
+        if getattr(args, name) % args.patch_size:
+            p.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
+    for name in ("batch_size_per_gpu", "accum_iter", "total_samples", "save_every", "log_every", "canvas"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("drop_path_rate", "mask_sample_probability", "warmup_fraction", "warmup_teacher_temp_fraction",
+                 "freeze_last_layer_fraction"):
+        if not 0 <= getattr(args, name) <= 1 or (name == "drop_path_rate" and args.drop_path_rate == 1):
+            p.error(f"--{name} is a share between 0 and 1, not {getattr(args, name)}")
+    for name in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
+        low, high = getattr(args, name)
+        if not 0 <= low <= high <= 1:
+            p.error(f"--{name} {low} {high}: two shares, the smaller first, between 0 and 1")
+
+
+# ---------------------------------------------------------------- networks
+
+class Network(nn.Module):
+    """Backbone and heads of the student or the teacher; state-dict keys backbone.*, dino_head.*[, ibot_head.*]."""
+
+    def __init__(self, config, args):
+        super().__init__()
+        self.backbone = VisionTransformer(**config)
+        for name in ("dino_head", "ibot_head") if args.separate_head else ("dino_head",):
+            setattr(self, name, DINOHead(config["embed_dim"], args.head_n_prototypes,
+                                         hidden_dim=args.head_hidden_dim, bottleneck_dim=args.head_bottleneck_dim))
+
+    def patch_head(self):
+        return self.ibot_head if hasattr(self, "ibot_head") else self.dino_head
+
+
+def backbone_config(args):
+    return dict(SIZES[args.arch], img_size=args.global_crops_size, patch_size=args.patch_size, in_chans=1,
+                num_register_tokens=args.num_register_tokens, drop_path_rate=args.drop_path_rate,
+                init_values=args.layerscale)
+
+
+def flatten_parameters(network):
+    """Move each sub-module's parameters, and gradients, into one flat buffer each: [(parameters, gradients), ...].
+
+    One buffer means one all-reduce in an order that never changes, one norm to clip by, one line of EMA.
+    """
+    buffers = []
+    for module in network.children():
+        parameters = list(module.parameters())
+        sizes = [p.numel() for p in parameters]
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        grads = torch.zeros_like(flat)
+        for p, values, grad in zip(parameters, flat.split(sizes), grads.split(sizes)):
+            p.data, p.grad = values.view_as(p), grad.view_as(p) if p.requires_grad else None
+        buffers.append((flat, grads))
+    return buffers
+
+
+def parameter_groups(network, layerwise_decay):
+    """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale."""
+    depth, groups = len(network.backbone.blocks), {}
+    for name, parameter in network.named_parameters():
+        layer = depth + 1  # heads and the final norm
+        if name.startswith("backbone.blocks."):
+            layer = 1 + int(name.split(".")[2])
+        elif any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
+            layer = 0
+        lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (PATCH_EMBED_LR_MULT if "patch_embed" in name else 1)
+        wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
+        key = (lr_multiplier, wd_multiplier, "last_layer" in name)
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=parameters, lr_multiplier=lr, wd_multiplier=wd, is_last_layer=last)
+            for (lr, wd, last), parameters in groups.items()]
+
+
+# ---------------------------------------------------------------- losses
+
+def koleo_loss(x, groups):
+    """Kozachenko-Leonenko spreading loss (DINOv2, section 4): -mean log distance to the nearest other row. x (b, C).
+
+    Rows of one group (frames of a clip) are no neighbours. Nearly equal rows count in the value but give no
+    gradient: 1 / distance of five identical frames would be the whole step. Float32 whatever the autocast says.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), eps=KOLEO_EPS, dim=-1)
+        with torch.no_grad():
+            siblings = groups[:, None] == groups[None, :]  # (b, b), the diagonal included
+            nearest = (x @ x.T).masked_fill(siblings, -2).argmax(dim=1)  # (b,)
+            counts = ~siblings.all(dim=1)  # rows that have a neighbour at all
+        distance = F.pairwise_distance(x, x[nearest], p=2, eps=KOLEO_EPS)  # (b,)
+        distance = torch.where(distance < KOLEO_MIN_DISTANCE, distance.detach(), distance)
+        return -torch.where(counts, torch.log(distance + KOLEO_EPS), 0.0).sum() / counts.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def teacher_targets(teacher, micros, centers, temp, centering):
+    """The teacher's view of a step's micro-batches, before any student sees them: (targets, new centers (2, K)).
+
+    A target is (features, a, r) per micro-batch and loss: p = exp(prototypes(features) / temp - a - r). `a` comes
+    from the whole batch on all ranks; bottleneck features are kept rather than K logits a row.
+    """
+    features = []
+    for micro in micros:
+        tokens = teacher.backbone.forward_features(micro["global_crops"])
+        first, second = tokens["x_norm_clstoken"].chunk(2)  # each (b, C)
+        patches = tokens["x_norm_patchtokens"].flatten(0, 1)[micro["mask_indices"]]  # (M, C)
+        features.append((teacher.dino_head.bottleneck(torch.cat((second, first))),  # crop A learns from crop B
+                         teacher.patch_head().bottleneck(patches)))
+    targets, new_centers = [], centers.clone()
+    for i, head in enumerate((teacher.dino_head, teacher.patch_head())):
+        rows = torch.cat([micro[i] for micro in features])  # (rows of all micro-batches, bottleneck)
+        logits = head.last_layer(rows)  # (rows, K)
+        if centering == "centering":
+            a, r = softmax_center(logits, centers[i], temp)
+            with torch.autocast(rows.device.type, enabled=False):  # sum of logits = prototypes(sum of features)
+                new_centers[i] = update_center(centers[i], head.last_layer(rows.sum(0)), len(rows))
+        else:
+            a, r = sinkhorn(logits, temp)
+        sizes = [len(micro[i]) for micro in features]
+        targets.append([(micro[i], a, part) for micro, part in zip(features, r.split(sizes))])
+    return list(zip(*targets)), new_centers
+
+
+def student_losses(student, teacher, micro, target, temp, batch, drops=None):
+    """The four terms of one micro-batch, DINOv2's scales but for the weights: local DINO, global DINO, iBOT, KoLeo.
+
+    Each is this micro-batch's part of the mean over the `batch` images of the step (KoLeo: of this micro-batch).
+    """
+    b, L = len(micro["groups"]), len(micro["local_crops"]) // len(micro["groups"])
+    tokens, local_tokens = student.backbone.forward_features(
+        [micro["global_crops"], micro["local_crops"]], [micro["masks"], None], drops)
+    cls = tokens["x_norm_clstoken"]  # (2b, C)
+    patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)
+    device, (class_target, patch_target) = cls.device, target
+
+    # global row i learns from teacher row i (the other crop), local rows of image j from both its teacher rows
+    i, j = torch.arange(2 * b, device=device), torch.arange(b, device=device).repeat(L)
+    teacher_rows = torch.stack((torch.cat((i, j)), torch.cat((torch.full_like(i, -1), j + b))), dim=1)  # ((2+L)b, 2)
+    weight = torch.full((len(teacher_rows),), 1 / (batch * (2 * L + 2)), device=device)
+    logits = student.dino_head(torch.cat((cls, local_tokens["x_norm_clstoken"])))  # ((2 + L)b, K)
+    dino = prototype_cross_entropy(logits, teacher.dino_head, class_target, teacher_rows, weight, temp)
+
+    i = torch.arange(len(patches), device=device)
+    teacher_rows = torch.stack((i, torch.full_like(i, -1)), dim=1)  # (M, 2)
+    weight = micro["mask_weight"] / (2 * batch)
+    ibot = prototype_cross_entropy(student.patch_head()(patches), teacher.patch_head(), patch_target, teacher_rows,
+                                   weight, temp)
+    koleo = koleo_loss(cls[:b], micro["groups"]) + koleo_loss(cls[b:], micro["groups"])
+    return torch.stack((dino[2 * b:].sum(), dino[:2 * b].sum(), ibot.sum(), koleo))  # (4,)
+
+
+def prototype_cross_entropy(logits, teacher_head, target, teacher_rows, weight, temp):
+    features, a, r = target
+    with torch.no_grad():
+        teacher_logits = teacher_head.last_layer(features)  # (rows, K) again: cheaper than keeping them
+    return cross_entropy(logits, teacher_logits, a, r, teacher_rows, weight, STUDENT_TEMP, temp)
+
+
+@torch.no_grad()
+def target_health(head, target, temp):
+    """(mean entropy of the targets, what they tell about the image), in nats, from HEALTH_ROWS class rows.
+
+    The second is the mutual information of image and prototype, at most log(rows). At 0 every image has the same
+    target: a collapse, or a teacher that has not learned anything yet.
+    """
+    features, a, r = target
+    rows = min(HEALTH_ROWS, len(r) // 2)  # the first half of the rows is one crop of each image
+    p = torch.exp(head.last_layer(features[:rows]).to(a.dtype) / temp - a - r[:rows, None])  # (rows, K)
+    mean = p.mean(0)
+    entropy = torch.special.entr(p).sum(1).mean()
+    return torch.stack((entropy, torch.special.entr(mean).sum() - entropy))
+
+
+# ---------------------------------------------------------------- one step
+
+def to_device(batch, device, args, mean, std):
+    """A step's micro-batches on the device, with their crops made there."""
+    micros = []
+    for micro in batch:
+        micro = {key: value.to(device, non_blocking=True) for key, value in micro.items()}
+        canvases = micro.pop("canvases")
+        for kind, size in (("global", args.global_crops_size), ("local", args.local_crops_size)):
+            draws = {key[len(kind) + 1:]: micro.pop(key) for key in list(micro) if key.startswith(f"{kind}_")}
+            micro[f"{kind}_crops"] = make_crops(canvases, draws, size, mean, std)  # (n * b, 1, size, size)
+        micros.append(micro)
+    return micros
+
+
+def train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, drops, stop=False):
+    """One optimizer step over a list of micro-batches; nothing here waits for the device.
+
+    buffers: (student's, teacher's) flatten_parameters. values: this step's schedules. centers (2, K), changed in place.
+    Returns stats (10,): the four weighted terms, entropy and information of targets, gradient norms of backbone and
+    heads, 1 if everything was finite, and how many ranks want to stop. If not finite, nothing was changed.
+    """
+    dtype = getattr(torch, args.dtype)
+    weights = torch.tensor([args.dino_loss_weight, args.dino_loss_weight, args.ibot_loss_weight,
+                            args.koleo_loss_weight * args.batch_size_per_gpu / batch], device=centers.device)
+    with torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32):
+        targets, new_centers = teacher_targets(teacher, micros, centers, values["teacher_temp"], args.centering)
+        terms = torch.zeros_like(weights)
+        for micro, target, drop in zip(micros, targets, drops):
+            losses = weights * student_losses(student, teacher, micro, target, values["teacher_temp"], batch, drop)
+            losses.sum().backward()
+            terms += losses.detach()
+        health = target_health(teacher.dino_head, targets[0][0], values["teacher_temp"])
+
+    student_buffers, teacher_buffers = buffers
+    stats = all_reduce(torch.cat((terms, health * len(micros) * args.batch_size_per_gpu / batch,
+                                  terms.new_tensor([float(stop)]))))
+    for _, grads in student_buffers:
+        all_reduce(grads)
+    norms = torch.stack([grads.norm() for _, grads in student_buffers])
+    finite = (norms.isfinite().all() & stats.isfinite().all()).float()
+    for (_, grads), norm in zip(student_buffers, norms):
+        grads.mul_((args.clip_grad / (norm + 1e-6)).clamp(max=1))
+    for group in optimizer.param_groups:
+        frozen = group["is_last_layer"] and values["freeze_last_layer"]
+        group["lr"] = 0.0 if frozen else values["lr"] * group["lr_multiplier"]
+        group["weight_decay"] = values["weight_decay"] * group["wd_multiplier"]
+    optimizer.found_inf, optimizer.grad_scale = 1 - finite, None  # fused AdamW skips the step where found_inf is 1
+    optimizer.step()
+    for (student_flat, grads), (teacher_flat, _) in zip(student_buffers, teacher_buffers):
+        teacher_flat.lerp_(student_flat, (1 - values["momentum"]) * finite)
+        grads.zero_()
+    centers.copy_(torch.where(finite > 0, new_centers, centers))
+    return torch.cat((stats[:6], norms[:1], norms[1:].max()[None], finite[None], stats[6:]))
+
+
+def schedules(args, steps, batch):
+    """Every value that changes over the run: dict of arrays (steps,)."""
+    warmup, temp_warmup, frozen = (int(fraction * steps) for fraction in (
+        args.warmup_fraction, args.warmup_teacher_temp_fraction, args.freeze_last_layer_fraction))
+    lr = args.base_lr * math.sqrt(batch / LR_BATCH)
+    return {
+        "lr": runtime.cosine_schedule(lr, MIN_LR, steps, warmup),
+        "weight_decay": runtime.cosine_schedule(args.weight_decay, args.weight_decay_end, steps),
+        "momentum": runtime.cosine_schedule(args.momentum_teacher, FINAL_MOMENTUM, steps),
+        "teacher_temp": runtime.linear_then_constant(args.warmup_teacher_temp, args.teacher_temp, steps, temp_warmup),
+        "freeze_last_layer": np.arange(steps) < frozen,
+    }
+
+
+def draw_drops(backbone, micros, seed, step, rank):
+    """Drop-path draws of a rank's micro-batches, before any forward."""
+    for number, micro in enumerate(micros):
+        rng = np.random.default_rng(np.random.SeedSequence((seed, step, rank, number)))
+        extra = 1 + backbone.num_register_tokens
+        shapes = [(len(crops), extra + (crops.shape[-1] // backbone.patch_size) ** 2)
+                  for crops in (micro["global_crops"], micro["local_crops"])]
+        yield backbone.draw_drop_path(shapes, rng)
+
+
+# ---------------------------------------------------------------- the run
+
+def open_pack(args):
+    """The pack to train on, made first if --data is a folder or a list. One process per machine packs, others wait."""
+    if args.data and os.path.exists(os.path.join(args.data, "pack.json")):
+        return Pack(args.data)
+    name = os.path.basename(os.path.abspath(args.data)) if args.data else "phantoms"
+    folder = os.path.join(args.output_dir, f"{name}.pack")
+    if runtime.is_first_on_machine():
+        if not os.path.exists(folder) and args.data:
+            pack.make_pack(args.data, folder, exclude=args.exclude, holdout=args.holdout, canvas=args.canvas,
+                           group_regex=args.group_regex)
+        elif not os.path.exists(folder):
+            pack.pack_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, args.seed)
+    while not os.path.exists(folder):  # a pack appears under its name when it is complete
+        time.sleep(0.5)
+    return Pack(folder)
+
+
+def resume_or_start(path, log_path, identity, student, teacher, optimizer, centers, is_main):
+    """Load last.pt if it belongs to this run and return its step; else move it aside, named on screen, and return 0."""
+    if not os.path.exists(path):
+        return 0
+    checkpoint = runtime.load_checkpoint(path)
+    theirs = checkpoint.get("identity", {})
+    differ = sorted(key for key in {*identity, *theirs} if identity.get(key) != theirs.get(key))
+    if not differ:
+        student.load_state_dict(checkpoint["student"])
+        teacher.load_state_dict(checkpoint["teacher"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        centers.copy_(checkpoint["centers"])
+        if is_main:
+            runtime.cut_log(log_path, checkpoint["step"])
+            print(f"resuming {path} at step {checkpoint['step']}")
+        return checkpoint["step"]
+    if is_main:
+        print(f"{path} belongs to another run (other {', '.join(differ)}): kept as {runtime.rename_aside(path)}")
+        if os.path.exists(log_path):
+            print(f"its log is kept as {runtime.rename_aside(log_path)}")
+    return 0
+
+
+def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, data):
+    """What last.pt holds: tensors and plain values only, and no file names (they can be patients' names)."""
+    def cpu(state):
+        return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+    return {"teacher": cpu(teacher.state_dict()), "student": cpu(student.state_dict()),
+            "optimizer": optimizer.state_dict(), "centers": centers.cpu(), "step": step,
+            "samples": step * identity["batch"], "args": vars(args), "config": backbone_config(args),
+            "mean": data.mean, "std": data.std, "hashes": torch.from_numpy(data.hashes.copy()), "identity": identity,
+            "commit": runtime.git_commit(), "torch": torch.__version__}
+
+
+def read_stats(pending, batches, data):
+    """Wait for a step's stats on the host; a non-finite one ends the run, naming the terms and the batch's files."""
+    step, stats, copied = pending
+    if copied:
+        copied.synchronize()
+    values = dict(zip(("dino_local", "dino_global", "ibot", "koleo", "target_entropy", "target_information",
+                       "grad_norm_backbone", "grad_norm_heads", "finite", "stop"), stats.tolist()))
+    if not values["finite"]:
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:8])
+        raise ValueError(f"step {step} is not finite ({terms}): its update was not applied and the last checkpoint is "
+                         f"unharmed. Its images: {', '.join(data.names(batches.indices(step)))}")
+    return values
+
+
+def show_start(args, network, data, steps, batch, schedule, device, world_size, is_main):
+    if not is_main:
+        return
+    for key, value in sorted(vars(args).items()):
+        print(f"  {key} {value}")
+    parameters = sum(p.numel() for p in network.backbone.parameters())
+    print(f"preset {args.preset} | commit {runtime.git_commit()} | torch {torch.__version__} | {device} x {world_size} | "
+          f"{args.dtype} | {kernels.mode(device)}")
+    print(f"{args.arch}: {parameters:,} parameters in the backbone | {len(data):,} images, {data.info['groups']:,} "
+          f"groups by {data.info['grouped_by']} | mean {data.mean:.4f} std {data.std:.4f}")
+    print(f"{steps:,} steps of {batch} images = {steps * batch:,} ({steps * batch / len(data):.1f} epochs) | "
+          f"lr {schedule['lr'].max():.3g} | log K = {math.log(args.head_n_prototypes):.3f}: a dino loss that stays "
+          f"there has learned nothing", flush=True)
+
+
+def main(args):
+    # ---- setup ----
+    received = runtime.stop_on_signals()
+    os.makedirs(args.output_dir, exist_ok=True)
+    data = open_pack(args)  # before the process group: packing takes longer than a collective waits
+    rank, world_size, device = runtime.setup()
+    is_main = rank == 0
+    kernels.use_reference(args.reference_ops)
+    batch = args.batch_size_per_gpu * args.accum_iter * world_size
+    steps = max(1, round(args.total_samples / batch))
+    schedule = schedules(args, steps, batch)
+
+    # ---- networks ----
+    torch.manual_seed(args.seed)
+    student = Network(backbone_config(args), args).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    buffers = flatten_parameters(student), flatten_parameters(teacher)
+    centers = torch.zeros(2, args.head_n_prototypes, device=device)  # of class rows and of patch rows
+    optimizer = torch.optim.AdamW(parameter_groups(student, args.layerwise_decay), lr=0.0, betas=ADAM_BETAS, fused=True)
+
+    # ---- resume ----
+    path, log_path = (os.path.join(args.output_dir, name) for name in ("last.pt", "log.jsonl"))
+    recipe = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
+    identity = dict(recipe, data=data.info["digest"], batch=batch)
+    start = resume_or_start(path, log_path, identity, student, teacher, optimizer, centers, is_main)
+    if start >= steps:
+        print(f"{path} is finished: {steps} of {steps} steps. Train on with a larger --total_samples in another "
+              f"--output_dir, or score it: python fewshot.py --ckpt {path} --shots 5")
+        return
+    show_start(args, student, data, steps, batch, schedule, device, world_size, is_main)
+
+    # ---- data ----
+    batches = PretrainBatches(data, args, rank, world_size)
+    loader = iter(torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(start, steps), num_workers=args.num_workers,
+        pin_memory=device.type == "cuda", worker_init_fn=runtime.ignore_signals))
+
+    # ---- loop ----
+    def save(step):
+        if is_main:
+            runtime.save_checkpoint(path, checkpoint_of(student, teacher, optimizer, centers, step, args, identity, data))
+
+    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+    pending, seen, waited, since = None, 0, 0.0, time.monotonic()
+    for step in range(start, steps):
+        asked = time.monotonic()
+        micros = to_device(next(loader), device, args, data.mean, data.std)
+        waited += time.monotonic() - asked
+        values = {name: array[step].item() for name, array in schedule.items()}
+        drops = list(draw_drops(student.backbone, micros, args.seed, step, rank))
+        stats = train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, drops,
+                           bool(received))
+        previous, pending = pending, host_copy(step, stats)
+        stop = previous is not None and read_stats(previous, batches, data)["stop"] > 0  # one step late: no waiting
+        done, last, seen = step + 1, step + 1 == steps, seen + batch
+        bar.update()
+        if done % args.log_every == 0 or last or stop:
+            record = read_stats(pending, batches, data)
+            seconds = time.monotonic() - since
+            if is_main:
+                log_step(log_path, bar, done, steps, batch, record, values, seen / seconds, waited / seconds)
+            seen, waited, since = 0, 0.0, time.monotonic()
+        if done % args.save_every == 0 or last or stop:
+            read_stats(pending, batches, data)  # nothing that is not finite is ever saved
+            save(done)
+        if stop:
+            break
+    bar.close()
+    if is_main:
+        print(f"saved {path} at step {done} of {steps}"
+              + (f"; score it: python fewshot.py --ckpt {path} --shots 5" if last else "; the same command goes on"))
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def host_copy(step, stats):
+    """Start copying stats to the host without waiting: (step, tensor, event or None) for read_stats."""
+    copied = torch.cuda.Event() if stats.is_cuda else None
+    stats = stats.to("cpu", non_blocking=True)
+    if copied:
+        copied.record()
+    return step, stats, copied
+
+
+def log_step(log_path, bar, step, steps, batch, record, values, images_per_s, waiting):
+    dino = record["dino_local"] + record["dino_global"]
+    record = dict(step=step, samples=step * batch, loss=dino + record["ibot"] + record["koleo"], dino=dino, **record,
+                  lr=values["lr"], weight_decay=values["weight_decay"], momentum=values["momentum"],
+                  teacher_temp=values["teacher_temp"], images_per_s=images_per_s, data_wait=waiting,
+                  hours_left=(steps - step) * batch / images_per_s / 3600)
+    runtime.log_line(log_path, bar, record, (
+        f"step {step:06d}/{steps} ({100 * step / steps:.1f}%) | loss {record['loss']:.3f} | dino {dino:.3f} "
+        f"ibot {record['ibot']:.3f} koleo {record['koleo']:.3f} | targets: entropy {record['target_entropy']:.2f} "
+        f"info {record['target_information']:.2f} | lr {values['lr']:.1e} | {images_per_s:.0f} img/s | "
+        f"wait {100 * waiting:.0f}% | {record['hours_left']:.2f} h left"))
+
+
+if __name__ == "__main__":
+    with runtime.clear_errors():
+        main(get_args())

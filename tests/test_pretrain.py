@@ -1,0 +1,229 @@
+"""The training step: what must not change a run (ranks, accumulation), and what must not reach the weights."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import data
+import pretrain
+
+SMALL = ["--preset", "cpu", "--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8",
+         "--global_crops_size", "16", "--local_crops_size", "8", "--patch_size", "4", "--koleo_loss_weight", "0",
+         "--num_register_tokens", "2"]
+
+
+class FakePack:
+    def __init__(self, images=40, canvas=24):
+        rng = np.random.default_rng(0)
+        self.canvases = rng.integers(0, 255, (images, canvas, canvas), dtype=np.uint8)
+        self.sizes, self.groups = np.tile([40, 30], (images, 1)), np.arange(images)
+
+    def __len__(self):
+        return len(self.canvases)
+
+
+def unmasked_second_half(batches):
+    """At step 1 no image of the global batch's second half is masked: with two ranks, one has no masked patch."""
+    def micro(step, indices, global_draws, local_draws, share):
+        micro = original(step, indices, global_draws, local_draws, share)
+        if step == 1:
+            image = torch.arange(batches.batch)[share].repeat(2)  # crop-major
+            keep = image[micro["mask_indices"] // micro["masks"].shape[1]] < batches.batch // 2
+            micro["mask_indices"], micro["mask_weight"] = micro["mask_indices"][keep], micro["mask_weight"][keep]
+            micro["masks"][image >= batches.batch // 2] = False
+        return micro
+
+    original, batches._micro = batches._micro, micro
+    return batches
+
+
+def networks(args):
+    torch.manual_seed(0)
+    config = dict(embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=4, in_chans=1, num_register_tokens=2,
+                  init_values=0.5, drop_path_rate=args.drop_path_rate)
+    student = pretrain.Network(config, args).double()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    buffers = pretrain.flatten_parameters(student), pretrain.flatten_parameters(teacher)
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(student, 0.9), lr=0.0, fused=True)
+    return student, teacher, buffers, optimizer
+
+
+def train(args, rank, world_size, steps=3):
+    """A few steps: (stats of each step, weights, first moments of the gradients, centers)."""
+    batches = unmasked_second_half(data.PretrainBatches(FakePack(), args, rank, world_size))
+    student, teacher, buffers, optimizer = networks(args)
+    centers = torch.zeros(2, args.head_n_prototypes, dtype=torch.float64)
+    values = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
+    stats = []
+    for step in range(steps):
+        micros = pretrain.to_device(batches[step], torch.device("cpu"), args, 0.5, 0.25)
+        micros = [{key: value.double() if value.is_floating_point() else value for key, value in micro.items()}
+                  for micro in micros]
+        drops = list(pretrain.draw_drops(student.backbone, micros, args.seed, step, rank))
+        stats.append(pretrain.train_step(student, teacher, optimizer, buffers, centers, micros, values, args,
+                                         batches.batch, drops))
+    moments = {f"moment {i}": state["exp_avg"] for i, state in enumerate(optimizer.state_dict()["state"].values())}
+    return {"stats": torch.stack(stats)[:, [0, 1, 2, 3, 6, 7, 8]], "dino center": centers[0], "ibot center": centers[1],
+            **student.state_dict(), **{f"teacher {key}": value for key, value in teacher.state_dict().items()}, **moments}
+
+
+def rank_of_two(rank, init, args, result):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    outcome = train(args, rank, 2)
+    if rank == 0:
+        torch.save(outcome, result)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_ranks_and_accumulation_do_not_change_the_run(centering, tmp_path):
+    """1 process x 16, 4 micro-batches x 4 and 2 processes x 8 (one without masks at step 1): equal to 1e-5."""
+    def arguments(*more):
+        return pretrain.get_args([*SMALL, "--centering", centering, *more])
+
+    whole = train(arguments("--batch_size_per_gpu", "16"), 0, 1)
+    accumulated = train(arguments("--batch_size_per_gpu", "4", "--accum_iter", "4"), 0, 1)
+    mp.spawn(rank_of_two, (f"file://{tmp_path}/init", arguments("--batch_size_per_gpu", "8"), tmp_path / "two.pt"), 2)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    if centering == "centering":
+        assert whole["dino center"].norm() > 0.01 and whole["ibot center"].norm() > 0.01
+    for name, other in (("accumulated", accumulated), ("two ranks", two)):
+        assert other.keys() == whole.keys()
+        for key in whole:
+            error = (other[key] - whole[key]).norm() / whole[key].norm().clamp(min=1e-12)
+            assert error < 1e-5, f"{name}: {key} differs by {error:.2e}"
+
+
+def test_a_different_batch_does_change_the_run():
+    """The comparison above can fail: other images, other weights."""
+    whole, other = (train(pretrain.get_args([*SMALL, "--batch_size_per_gpu", "16", "--seed", seed]), 0, 1)
+                    for seed in ("0", "1"))
+    assert (whole["stats"] - other["stats"]).norm() > 1e-3 * whole["stats"].norm()
+
+
+# ---------------------------------------------------------------- a step that is not finite
+
+@pytest.mark.parametrize("where", ["canvas", "gradient"])
+def test_non_finite_step_reaches_nothing(where):
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4"])
+    student, teacher, buffers, optimizer = networks(args)
+    centers = torch.zeros(2, 32, dtype=torch.float64)
+    values = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
+    batches = data.PretrainBatches(FakePack(), args)
+
+    def step(number, spoil=False):
+        micros = pretrain.to_device(batches[number], torch.device("cpu"), args, 0.5, 0.25)
+        micros = [{k: v.double() if v.is_floating_point() else v for k, v in micro.items()} for micro in micros]
+        if spoil and where == "canvas":
+            micros[0]["global_crops"][0, 0, 3, 3] = math.nan
+        hook = None
+        if spoil and where == "gradient":
+            hook = student.backbone.blocks[0].attn.proj.weight.register_hook(lambda grad: grad * math.inf)
+        stats = pretrain.train_step(student, teacher, optimizer, buffers, centers, micros, values, args, 4, [None])
+        if hook:
+            hook.remove()
+        return stats
+
+    def state():
+        moments = [value.clone() for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
+        return [p.clone() for p in (*student.state_dict().values(), *teacher.state_dict().values())] + moments + [centers.clone()]
+
+    assert step(0)[8] == 1
+    before = state()
+    assert step(1, spoil=True)[8] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, state()))
+    assert step(2)[8] == 1  # and the gradients did not stay poisoned
+    assert any(not torch.equal(a, b) for a, b in zip(before, state())) and all(p.isfinite().all() for p in state())
+
+
+# ---------------------------------------------------------------- losses
+
+def test_koleo_duplicates_count_but_do_not_blow_up_the_step():
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).double()
+    x[:5] = x[0]  # five identical frames
+    x.requires_grad_(True)
+    loss = pretrain.koleo_loss(x, torch.arange(16))
+    loss.backward()
+    assert loss > 3 and x.grad.isfinite().all()  # 5 of 16 rows at log 1e-8
+    assert (x.grad[1:5].norm(dim=1) == 0).all() and x.grad.norm() < 1
+    assert x.grad[8:].norm() > 1e-3
+
+
+def test_koleo_ignores_siblings():
+    """The nearest row of another group is the neighbour; by brute force."""
+    x = torch.nn.functional.normalize(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    groups = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 4, 4, 4, 5])
+    nearest = [min((x[i] - x[j]).norm().item() for j in range(12) if groups[j] != groups[i]) for i in range(12)]
+    assert pretrain.koleo_loss(x, groups).item() == pytest.approx(-np.log(nearest).mean(), rel=1e-4)
+    assert pretrain.koleo_loss(x, torch.zeros(12)) == 0  # nobody has a neighbour
+
+
+def test_koleo_is_float32_under_autocast():
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = pretrain.koleo_loss(x, torch.arange(16))
+    assert torch.equal(inside, pretrain.koleo_loss(x, torch.arange(16)))
+
+
+def test_target_health_tells_collapse_from_learning():
+    head = pretrain.DINOHead(8, 32, hidden_dim=8, bottleneck_dim=8)
+    head.last_layer.weight_v.data = torch.eye(32, 8)
+    zero = torch.zeros(32)
+
+    def health(features):
+        logits = head.last_layer(features) / 0.01
+        return pretrain.target_health(head, (features, zero, torch.logsumexp(logits, 1)), 0.01)
+
+    different = torch.eye(8).repeat(2, 1)  # 8 images, each its own prototype; two crops
+    entropy, information = health(different)
+    assert entropy < 1e-3 and information == pytest.approx(math.log(8), abs=1e-3)
+    entropy, information = health(different[:1].repeat(16, 1))  # collapsed onto one prototype
+    assert entropy < 1e-3 and information == pytest.approx(0, abs=1e-3)
+    entropy, information = health(torch.zeros(16, 8))  # uniform: nothing learned
+    assert entropy == pytest.approx(math.log(32), abs=1e-3) and information == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("more", [["--separate_head"], ["--local_crops_number", "0"], ["--drop_path_rate", "0.5"],
+                                  ["--mask_sample_probability", "0"], ["--dtype", "bfloat16"]])
+def test_variants_train(more):
+    """Each option runs a step with finite gradients in every parameter it should reach."""
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4", "--koleo_loss_weight", "0.1", *more])
+    student = pretrain.Network(dict(embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=4, in_chans=1,
+                                    num_register_tokens=2, init_values=0.5, drop_path_rate=args.drop_path_rate), args)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    buffers = pretrain.flatten_parameters(student), pretrain.flatten_parameters(teacher)
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(student, 0.9), lr=0.0, fused=True)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    batches = data.PretrainBatches(FakePack(), args)
+    centers = torch.zeros(2, 32)
+    for number in range(2):
+        micros = pretrain.to_device(batches[number], torch.device("cpu"), args, 0.5, 0.25)
+        drops = list(pretrain.draw_drops(student.backbone, micros, 0, number, 0))
+        stats = pretrain.train_step(student, teacher, optimizer, buffers, centers, micros,
+                                    dict(lr=1e-3, weight_decay=0, momentum=0.9, teacher_temp=0.05,
+                                         freeze_last_layer=False), args, 4, drops)
+        assert stats[8] == 1
+    still = {name for name, p in student.named_parameters() if torch.equal(p, before[name])}
+    unmasked = "--mask_sample_probability" in more
+    assert still == ({"backbone.mask_token"} if unmasked else set())
+
+
+def test_frozen_last_layer_and_ema():
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4"])
+    student, teacher, buffers, optimizer = networks(args)
+    start = {name: p.clone() for name, p in student.named_parameters()}
+    micros = pretrain.to_device(data.PretrainBatches(FakePack(), args)[0], torch.device("cpu"), args, 0.5, 0.25)
+    micros = [{k: v.double() if v.is_floating_point() else v for k, v in micro.items()} for micro in micros]
+    pretrain.train_step(student, teacher, optimizer, buffers, torch.zeros(2, 32).double(), micros,
+                        dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=True), args,
+                        4, [None])
+    teacher_weights = dict(teacher.named_parameters())
+    for name, p in student.named_parameters():
+        assert torch.equal(p, start[name]) == ("last_layer" in name), name
+        assert torch.allclose(teacher_weights[name], 0.9 * start[name] + 0.1 * p, rtol=0, atol=1e-9), name  # float32 (1 - m)
