@@ -21,7 +21,8 @@ written once, by one program, so no atomics, and two runs agree bit by bit.
 
 Bytes, for T tokens of width C in b bytes: forward reads 3TCb and writes TCb, whatever N is. Plain torch also
 writes and reads the scores and the probabilities (4THN b for N keys; at N = 201, D = 64 that is 3 times the bytes
-of q, k, v and O together), permutes q, k and v into new memory, and its backward zero-fills one gradient per group.
+of q, k, v and O together) and permutes q, k, v and O into new memory. A slice per group would cost its backward a
+zero-filled gradient of the whole qkv per group; here (and in the reference, by `split`) there is one gradient.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -31,9 +32,9 @@ from .common import at_least_float32, check_matrix, takes_kernel, tl, triton
 
 def tiles(dtype, D):
     # BLOCK_M rows a program owns, BLOCK_N rows a step of its walk: steps of 32 pad 201 tokens to 224 and 41 to 64.
-    # Chosen by compiling for compute capability 8.0 to 12.0: registers suffice (float32 at D = 128 spills 8 bytes on 8.0) and so do 99 KB of
-    # shared memory. Half
-    # precision runs on tensor cores; float32 does not ("ieee": as exact as the reference) and has room for less.
+    # Chosen by compiling for compute capability 8.0 to 12.0: nothing spills (but 8 bytes of float32, D = 128, on 8.0)
+    # and 99 KB of shared memory suffice. Half precision runs on tensor cores; float32 stays off them ("ieee": as exact
+    # as the reference), is slow, and has room for smaller tiles.
     if dtype == torch.float32:
         BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if D < 128 else (16, 16, 8, 1)
     else:
@@ -45,10 +46,11 @@ def attention_ref(qkv, shapes, num_heads):
     # The explicit formula: on a CPU it beats F.scaled_dot_product_attention at 17 and 41 tokens and equals it at 201.
     C = qkv.shape[1] // 3
     outs = []
-    for (B, N), x in zip(shapes, at_least_float32(qkv).split([B * N for B, N in shapes])):
-        q, k, v = x.view(B, N, 3, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
-        p = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)              # (B, H, N, N)
-        outs.append((p @ v).transpose(1, 2).reshape(B * N, C))                       # (B*N, C)
+    with torch.autocast(qkv.device.type, enabled=False):  # it would round the products to half precision
+        for (B, N), x in zip(shapes, at_least_float32(qkv).split([B * N for B, N in shapes])):
+            q, k, v = x.view(B, N, 3, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
+            p = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)              # (B, H, N, N)
+            outs.append((p @ v).transpose(1, 2).reshape(B * N, C))                       # (B*N, C)
     return torch.cat(outs).to(qkv.dtype)
 
 

@@ -14,8 +14,8 @@ Saved for backward: the inputs and lse (R,). With g the gradient of the loss:
     ds[i, k] = g[i] * weight[i] / tau * (n[i] * softmax(s[i] / tau)[k] - sum_j p[j, k])        in the student's dtype
 
 Bytes, for R rows with one teacher row each, in b bytes a logit: forward reads 2RKb, backward reads 2RKb and
-writes RKb. Plain torch adds float32 copies of both matrices, the probabilities, the log-softmax and the gradients
-of each: more than ten passes of 4RK bytes and four such matrices alive at once.
+writes RKb. Plain torch (the reference below) writes a float32 (rows, K) matrix for every operation, more than ten,
+and keeps two of them, targets and log-softmax, for backward.
 Source: the losses of DINO (arXiv 2104.14294, equation 1) and iBOT (arXiv 2111.07832); lse as in arXiv 1805.02867.
 """
 import torch
@@ -121,4 +121,4 @@ def cross_entropy(student, teacher, a, r, teacher_rows, weight, student_temp, te
     check_matrix("student", student)
     check_matrix("teacher", teacher)
     return CrossEntropy.apply(student, teacher.detach(), a.float().contiguous(), r.float().contiguous(),
-                              teacher_rows.contiguous(), weight.float().contiguous(), student_temp, teacher_temp)
+                              teacher_rows.long().contiguous(), weight.float().contiguous(), student_temp, teacher_temp)

@@ -18,7 +18,7 @@ Nor can s vanish: s >= 1 at first. Later, before r was refreshed, each column su
 row summed to at most K, and dividing it by that sum leaves every column at least 1 / K.
 
 Bytes, for n logits of b bytes and 3 iterations: 7nb read (the maximum, then a column and a row pass each), vectors
-written. Plain torch on a float32 matrix: about 14 passes of 4n that read and as many that write.
+written. Normalising a float32 matrix in plain torch, as DINOv2 does: 23 passes of 4n read, 16 written.
 Source: Sinkhorn-Knopp in SwAV (arXiv 2006.09882, section 3.1) as DINOv2 (arXiv 2304.07193) uses it.
 """
 import torch

@@ -47,7 +47,8 @@ def row_logsumexp(x, a, temp):
     rows, K = x.shape
     r = x.new_empty(rows, dtype=torch.float32)
     if rows:
-        row_logsumexp_kernel[(rows,)](x, x.stride(0), a.float().contiguous(), r, K, 1 / temp, BLOCK_K=BLOCK_K, num_warps=4)
+        row_logsumexp_kernel[(rows,)](x, x.stride(0), a.float().contiguous(), r, K, 1 / temp,
+                                      BLOCK_K=BLOCK_K, num_warps=4)
     return r
 
 
