@@ -305,6 +305,28 @@ class DINOHead(nn.Module):
         return self.last_layer(self.bottleneck(x))
 
 
+# ---------------------------------------------------------------- learning rates
+
+PATCH_EMBED_LR_MULT = 0.2  # DINOv2's, on top of the layer-wise decay
+
+
+def parameter_groups(network, layerwise_decay):
+    """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale."""
+    depth, groups = len(network.backbone.blocks), {}
+    for name, parameter in network.named_parameters():
+        layer = depth + 1  # heads and the final norm
+        if name.startswith("backbone.blocks."):
+            layer = 1 + int(name.split(".")[2])
+        elif any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
+            layer = 0
+        lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (PATCH_EMBED_LR_MULT if "patch_embed" in name else 1)
+        wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
+        key = (lr_multiplier, wd_multiplier, "last_layer" in name)
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=parameters, lr_multiplier=lr, wd_multiplier=wd, is_last_layer=last)
+            for (lr, wd, last), parameters in groups.items()]
+
+
 # ---------------------------------------------------------------- weights
 
 def load_strict(model, state, what):

@@ -27,11 +27,11 @@ import pack
 import runtime
 from data import Pack, PretrainBatches, make_crops
 from kernels import all_reduce, cross_entropy, sinkhorn, softmax_center, update_center
-from model import SIZES, DINOHead, VisionTransformer
+from model import SIZES, DINOHead, VisionTransformer, parameter_groups
 
 # DINOv2's constants that nobody tunes (its ssl_default_config)
 STUDENT_TEMP, FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 0.1, 1.0, 1e-6, (0.9, 0.999)
-PATCH_EMBED_LR_MULT, LR_BATCH = 0.2, 1024  # the learning rate is base_lr * sqrt(batch / LR_BATCH)
+LR_BATCH = 1024  # the learning rate is base_lr * sqrt(batch / LR_BATCH)
 PHANTOM_IMAGES, PHANTOM_SIZE = 12_000, 64
 KOLEO_EPS, KOLEO_MIN_DISTANCE = 1e-8, 1e-4
 HEALTH_ROWS = 64  # teacher rows whose targets are looked at for the log
@@ -157,40 +157,6 @@ def backbone_config(args):
     return dict(SIZES[args.arch], img_size=args.global_crops_size, patch_size=args.patch_size, in_chans=1,
                 num_register_tokens=args.num_register_tokens, drop_path_rate=args.drop_path_rate,
                 init_values=args.layerscale)
-
-
-def flatten_parameters(network):
-    """Move each sub-module's parameters, and gradients, into one flat buffer each: [(parameters, gradients), ...].
-
-    One buffer means one all-reduce in an order that never changes, one norm to clip by, one line of EMA.
-    """
-    buffers = []
-    for module in network.children():
-        parameters = list(module.parameters())
-        sizes = [p.numel() for p in parameters]
-        flat = torch.cat([p.detach().flatten() for p in parameters])
-        grads = torch.zeros_like(flat)
-        for p, values, grad in zip(parameters, flat.split(sizes), grads.split(sizes)):
-            p.data, p.grad = values.view_as(p), grad.view_as(p) if p.requires_grad else None
-        buffers.append((flat, grads))
-    return buffers
-
-
-def parameter_groups(network, layerwise_decay):
-    """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale."""
-    depth, groups = len(network.backbone.blocks), {}
-    for name, parameter in network.named_parameters():
-        layer = depth + 1  # heads and the final norm
-        if name.startswith("backbone.blocks."):
-            layer = 1 + int(name.split(".")[2])
-        elif any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
-            layer = 0
-        lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (PATCH_EMBED_LR_MULT if "patch_embed" in name else 1)
-        wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
-        key = (lr_multiplier, wd_multiplier, "last_layer" in name)
-        groups.setdefault(key, []).append(parameter)
-    return [dict(params=parameters, lr_multiplier=lr, wd_multiplier=wd, is_last_layer=last)
-            for (lr, wd, last), parameters in groups.items()]
 
 
 # ---------------------------------------------------------------- losses
@@ -375,19 +341,26 @@ def draw_drops(backbone, micros, seed, step, rank):
 
 def open_pack(args):
     """The pack to train on, made first if --data is a folder or a list. One process per machine packs, others wait."""
+    how = dict(exclude=args.exclude, holdout=args.holdout, canvas=args.canvas, group_regex=args.group_regex)
     if args.data and os.path.exists(os.path.join(args.data, "pack.json")):
+        if args.exclude or args.holdout or args.group_regex:
+            raise ValueError(f"{args.data} is a pack already: give --exclude, --holdout and --group_regex to pack.py")
         return Pack(args.data)
     name = os.path.basename(os.path.abspath(args.data)) if args.data else "phantoms"
     folder = os.path.join(args.output_dir, f"{name}.pack")
-    if runtime.is_first_on_machine():
-        if not os.path.exists(folder) and args.data:
-            pack.make_pack(args.data, folder, exclude=args.exclude, holdout=args.holdout, canvas=args.canvas,
-                           group_regex=args.group_regex)
-        elif not os.path.exists(folder):
+    if runtime.is_first_on_machine() and not os.path.exists(folder):
+        if args.data:
+            print(f"packing {args.data} once, into {folder}", flush=True)
+            pack.make_pack(args.data, folder, **how)
+        else:
             pack.pack_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, args.seed)
     while not os.path.exists(folder):  # a pack appears under its name when it is complete
         time.sleep(0.5)
-    return Pack(folder)
+    data = Pack(folder)
+    if args.data and data.info["recipe"] != pack.recipe(args.data, **how):
+        raise ValueError(f"{folder} was packed with other arguments ({data.info['recipe']}): delete it to pack again, "
+                         f"or choose another --output_dir")
+    return data
 
 
 def resume_or_start(path, log_path, identity, student, teacher, optimizer, centers, is_main):
@@ -422,7 +395,7 @@ def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, da
             "optimizer": optimizer.state_dict(), "centers": centers.cpu(), "step": step,
             "samples": step * identity["batch"], "args": vars(args), "config": backbone_config(args),
             "mean": data.mean, "std": data.std, "hashes": torch.from_numpy(data.hashes.copy()), "identity": identity,
-            "commit": runtime.git_commit(), "torch": torch.__version__}
+            "commit": runtime.git_commit(), "torch": str(torch.__version__)}
 
 
 def read_stats(pending, batches, data):
@@ -470,7 +443,7 @@ def main(args):
     torch.manual_seed(args.seed)
     student = Network(backbone_config(args), args).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    buffers = flatten_parameters(student), flatten_parameters(teacher)
+    buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
     centers = torch.zeros(2, args.head_n_prototypes, device=device)  # of class rows and of patch rows
     optimizer = torch.optim.AdamW(parameter_groups(student, args.layerwise_decay), lr=0.0, betas=ADAM_BETAS, fused=True)
 
@@ -506,7 +479,7 @@ def main(args):
         drops = list(draw_drops(student.backbone, micros, args.seed, step, rank))
         stats = train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, drops,
                            bool(received))
-        previous, pending = pending, host_copy(step, stats)
+        previous, pending = pending, (step, *runtime.host_copy(stats))
         stop = previous is not None and read_stats(previous, batches, data)["stop"] > 0  # one step late: no waiting
         done, last, seen = step + 1, step + 1 == steps, seen + batch
         bar.update()
@@ -528,15 +501,6 @@ def main(args):
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def host_copy(step, stats):
-    """Start copying stats to the host without waiting: (step, tensor, event or None) for read_stats."""
-    copied = torch.cuda.Event() if stats.is_cuda else None
-    stats = stats.to("cpu", non_blocking=True)
-    if copied:
-        copied.record()
-    return step, stats, copied
 
 
 def log_step(log_path, bar, step, steps, batch, record, values, images_per_s, waiting):

@@ -129,6 +129,34 @@ def rename_aside(path):
     return f"{stem}.old-{number}{extension}"
 
 
+# ---------------------------------------------------------------- tensors
+
+def flatten_parameters(network):
+    """Move each sub-module's parameters, and gradients, into one flat buffer each: [(parameters, gradients), ...].
+
+    One buffer means one all-reduce in an order that never changes, one norm to clip by, one line of EMA.
+    """
+    buffers = []
+    for module in network.children():
+        parameters = list(module.parameters())
+        sizes = [p.numel() for p in parameters]
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        grads = torch.zeros_like(flat)
+        for p, values, grad in zip(parameters, flat.split(sizes), grads.split(sizes)):
+            p.data, p.grad = values.view_as(p), grad.view_as(p) if p.requires_grad else None
+        buffers.append((flat, grads))
+    return buffers
+
+
+def host_copy(x):
+    """Start copying a tensor to the host without waiting: (copy, event to synchronize on before reading, or None)."""
+    copied = torch.cuda.Event() if x.is_cuda else None
+    x = x.to("cpu", non_blocking=True)
+    if copied:
+        copied.record()
+    return x, copied
+
+
 # ---------------------------------------------------------------- schedules
 
 def cosine_schedule(base, final, steps, warmup_steps=0, start=0.0):

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import pretrain
-import runtime
 from kernels import cross_entropy, sinkhorn, softmax_center, update_center
-from model import DINOHead, VisionTransformer, load_strict
+from model import DINOHead, VisionTransformer, load_strict, parameter_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 VIT = dict(img_size=64, patch_size=16, in_chans=1, embed_dim=64, depth=2, num_heads=2, num_register_tokens=4)
@@ -166,7 +165,7 @@ def test_parameter_groups():
     args = pretrain.get_args(["--preset", "ultradino", "--head_n_prototypes", "16"])
     network = pretrain.Network(pretrain.backbone_config(args), args)
     names = {id(p): name for name, p in network.named_parameters()}
-    found = {names[id(p)]: group for group in pretrain.parameter_groups(network, 0.9) for p in group["params"]}
+    found = {names[id(p)]: group for group in parameter_groups(network, 0.9) for p in group["params"]}
     assert found.keys() == {f"backbone.{name}" for name in expected} | {
         name for name in found if name.startswith("dino_head.")}
     for name, group in expected.items():

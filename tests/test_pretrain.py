@@ -11,6 +11,8 @@ import torch.multiprocessing as mp
 
 import data
 import pretrain
+import runtime
+from model import parameter_groups
 
 SMALL = ["--preset", "cpu", "--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8",
          "--global_crops_size", "16", "--local_crops_size", "8", "--patch_size", "4", "--koleo_loss_weight", "0",
@@ -48,8 +50,8 @@ def networks(args):
                   init_values=0.5, drop_path_rate=args.drop_path_rate)
     student = pretrain.Network(config, args).double()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    buffers = pretrain.flatten_parameters(student), pretrain.flatten_parameters(teacher)
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(student, 0.9), lr=0.0, fused=True)
+    buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
+    optimizer = torch.optim.AdamW(model.parameter_groups(student, 0.9), lr=0.0, fused=True)
     return student, teacher, buffers, optimizer
 
 
@@ -197,8 +199,8 @@ def test_variants_train(more):
     student = pretrain.Network(dict(embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=4, in_chans=1,
                                     num_register_tokens=2, init_values=0.5, drop_path_rate=args.drop_path_rate), args)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    buffers = pretrain.flatten_parameters(student), pretrain.flatten_parameters(teacher)
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(student, 0.9), lr=0.0, fused=True)
+    buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
+    optimizer = torch.optim.AdamW(model.parameter_groups(student, 0.9), lr=0.0, fused=True)
     before = {name: p.clone() for name, p in student.named_parameters()}
     batches = data.PretrainBatches(FakePack(), args)
     centers = torch.zeros(2, 32)

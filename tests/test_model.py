@@ -1,0 +1,204 @@
+"""The transformer's promises beyond the golden numbers: sizes, keys, drop path, and loading that cannot go half wrong."""
+
+import numpy as np
+import pytest
+import torch
+
+import model
+import runtime
+from model import SIZES, DINOHead, VisionTransformer, load_backbone, load_strict
+
+TINY = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=64, depth=2, num_heads=1, num_register_tokens=4)
+
+
+@pytest.mark.parametrize("size, parameters", [("vit_small", 21_480_192), ("vit_base", 85_427_712)])
+def test_parameter_counts_are_ultradinos(size, parameters):
+    with torch.device("meta"):
+        vit = VisionTransformer(in_chans=1, num_register_tokens=4, **SIZES[size])
+    assert sum(p.numel() for p in vit.parameters()) == parameters
+    assert len(vit.state_dict()) == 176
+
+
+def test_head_parameter_counts_are_ultradinos():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in DINOHead(384, 65536).parameters()) == 22_352_128
+        assert sum(p.numel() for p in DINOHead(768, 65536).parameters()) == 23_138_560
+
+
+def test_giant2_has_dinov2s_swiglu():
+    with torch.device("meta"):
+        vit = VisionTransformer(img_size=518, patch_size=14, **{**SIZES["vit_giant2"], "depth": 1})
+    assert vit.blocks[0].mlp.w12.weight.shape == (8192, 1536) and vit.blocks[0].mlp.w3.weight.shape == (1536, 4096)
+
+
+def test_swiglu_formula():
+    ffn = model.SwiGLU(8, 32)
+    x = torch.randn(5, 8)
+    first, second = (x @ ffn.w12.weight.T + ffn.w12.bias).chunk(2, dim=1)
+    expected = (first * torch.sigmoid(first) * second) @ ffn.w3.weight.T + ffn.w3.bias
+    assert torch.allclose(ffn(x), expected, atol=1e-6)
+
+
+def test_each_block_runs_exactly_once():
+    vit, runs = VisionTransformer(**TINY), [0, 0]
+    for i, block in enumerate(vit.blocks):
+        block.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    vit.forward_features(torch.randn(2, 1, 32, 32))
+    assert runs == [1, 1]
+    vit.forward_features([torch.randn(2, 1, 32, 32), torch.randn(3, 1, 16, 16)])
+    assert runs == [2, 2]
+
+
+def test_wrong_image_is_refused_with_a_sentence():
+    with pytest.raises(ValueError, match="3 channels, 32x30: this model takes 1 channels .* patch size 8"):
+        VisionTransformer(**TINY).forward_features(torch.randn(1, 3, 32, 30))
+
+
+def test_positions_equal_direct_interpolation():
+    """The fixed matrix does what F.interpolate does, values and gradient."""
+    vit = VisionTransformer(**TINY)
+    ours = vit.positions((3, 7))[0, 1:]
+    patches = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    direct = torch.nn.functional.interpolate(patches, scale_factor=(3.1 / 4, 7.1 / 4), mode="bicubic")[0].flatten(1).T
+    assert torch.allclose(ours, direct, atol=1e-6)
+    weight = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((x * weight).sum(), vit.pos_embed, retain_graph=True)[0] for x in (ours, direct)]
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_residual_stream_stays_float32_under_autocast():
+    vit = VisionTransformer(**TINY)  # LayerScale 1e-5: in bf16 the residual would vanish
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vit.forward_features(torch.randn(2, 1, 32, 32))
+    assert out["x_prenorm"].dtype == out["x_norm_clstoken"].dtype == torch.float32
+
+
+# ---------------------------------------------------------------- drop path
+
+def test_drop_path_is_batch_subset_stochastic_depth():
+    """Against the formula, image by image: x + images / kept * branch(x) for kept images, x for the others."""
+    vit = VisionTransformer(**{**TINY, "depth": 1, "init_values": 0.7}, drop_path_rate=0.4)
+    crops = [torch.randn(5, 1, 32, 32), torch.randn(7, 1, 16, 16)]
+    packed, shapes = vit.pack(crops, [None, None])
+    drops = vit.draw_drop_path(shapes, np.random.default_rng(0))
+    out = vit.blocks[0](packed, shapes, drops)
+    block, offset, dropped = vit.blocks[0], 0, 0
+    for B, N in shapes:
+        kept = max(int(B * 0.6), 1)
+        for start in range(offset, offset + B * N, N):
+            x = packed[start:start + N]
+            for (rows, scale, kept_shapes), branch in zip(drops, (
+                    lambda y: block.ls1(block.attn(block.norm1(y), [(1, N)])), lambda y: block.ls2(block.mlp(block.norm2(y))))):
+                assert (kept, N) in kept_shapes
+                if start in rows:
+                    x = x + B / kept * branch(x)
+                else:
+                    dropped += 1
+            assert torch.allclose(out[start:start + N], x, atol=1e-5)
+        offset += B * N
+    assert dropped == 2 * (5 - 3) + 2 * (7 - 4)
+
+
+def test_drop_path_draws_differ_by_branch_and_rng_only():
+    vit = VisionTransformer(**TINY, drop_path_rate=0.5)
+    first, again, other = (vit.draw_drop_path([(16, 21)], np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again))
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, other))
+    assert len({tuple(rows.tolist()) for rows, _, _ in first}) == 4
+    assert VisionTransformer(**TINY).draw_drop_path([(16, 21)], np.random.default_rng(0)) is None
+
+
+# ---------------------------------------------------------------- loading
+
+def saved(tmp_path, checkpoint):
+    path = str(tmp_path / "file.pt")
+    runtime.save_checkpoint(path, checkpoint)
+    return path
+
+
+def same_features(a, b, channels=1):
+    x = torch.randn(2, channels, 32, 32)
+    return torch.equal(a.eval()(x), b.eval()(x))
+
+
+@pytest.mark.parametrize("layout", ["ours", "ultradino teacher", "ultradino full", "dinov2", "chunked"])
+def test_layouts_load(tmp_path, layout):
+    config = dict(TINY, in_chans=3 if layout == "dinov2" else 1)
+    vit = VisionTransformer(**config)
+    state = vit.state_dict()
+    teacher = {**{f"backbone.{key}": value for key, value in state.items()}, "dino_head.mlp.0.weight": torch.zeros(3, 3)}
+    checkpoint = {
+        "ours": {"teacher": teacher, "config": config, "mean": 0.3, "std": 0.2, "hashes": torch.zeros(2, 8, dtype=torch.uint8)},
+        "ultradino teacher": {"teacher": teacher},
+        "ultradino full": {"model": {**{f"teacher.{key}": value for key, value in teacher.items()},
+                                     "student.backbone.cls_token": torch.zeros(1), "dino_loss.center": torch.zeros(1)}},
+        "dinov2": state,
+        "chunked": {"teacher": {f"backbone.{key.replace('blocks.', 'blocks.0.')}": value for key, value in state.items()}},
+    }[layout]
+    loaded, info = load_backbone(saved(tmp_path, checkpoint))
+    if layout == "dinov2":  # its files with registers interpolate to exact sizes, antialiased
+        assert loaded.interpolate_offset == 0 and loaded.interpolate_antialias and len(info["mean"]) == 3
+    else:
+        assert info["mean"] == (0.3 if layout == "ours" else model.ULTRADINO_MEAN_STD[0])
+    assert info["img_size"] == 32 and same_features(loaded, vit, config["in_chans"])
+    assert (info["hashes"] is not None) == (layout == "ours")
+
+
+def test_giant_layout_is_inferred(tmp_path):
+    vit = VisionTransformer(**{**TINY, "ffn_layer": "swiglu", "init_values": None, "num_register_tokens": 0})
+    assert same_features(load_backbone(saved(tmp_path, vit.state_dict()))[0], vit)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda state: state.pop("norm.weight"), "missing norm.weight"),
+    (lambda state: state.update(extra=torch.zeros(1)), "left over extra"),
+    (lambda state: state.update({"norm.bias": torch.zeros(3)}), r"norm.bias is \(3,\), the model has \(64,\)")])
+def test_anything_missing_or_left_over_raises(change, says):
+    state = VisionTransformer(**TINY).state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=says):
+        load_strict(VisionTransformer(**TINY), state, "file.pt")
+
+
+def test_only_positions_are_resized():
+    small, large = VisionTransformer(**TINY), VisionTransformer(**{**TINY, "img_size": 64})
+    load_strict(large, small.state_dict(), "file.pt")
+    assert torch.equal(large.pos_embed[:, 0], small.pos_embed[:, 0])
+    down = torch.nn.functional.avg_pool2d(large.pos_embed[0, 1:].T.view(64, 8, 8), 2).flatten(1).T
+    assert torch.corrcoef(torch.stack((down.flatten(), small.pos_embed[0, 1:].detach().flatten())))[0, 1] > 0.9
+    with pytest.raises(ValueError, match="patch_embed.proj.weight"):
+        load_strict(VisionTransformer(**{**TINY, "patch_size": 4}), small.state_dict(), "file.pt")
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load_backbone(str(tmp_path / "none.pt"))
+    text = tmp_path / "text.pt"
+    text.write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="text.pt: damaged, or not a checkpoint"):
+        load_backbone(str(text))
+    with pytest.raises(ValueError, match="no DINOv2 backbone in this file"):
+        load_backbone(saved(tmp_path, {"weights": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    path = saved(tmp_path, VisionTransformer(**TINY).state_dict())
+    content = bytearray(open(path, "rb").read())
+    if damage == "flip":
+        weight = torch.load(path)["blocks.0.mlp.fc1.weight"].numpy().tobytes()
+        content[content.index(weight[:64]) + 1] ^= 1  # one bit of one weight
+    else:
+        del content[len(content) * 2 // 3:]
+    open(path, "wb").write(content)
+    with pytest.raises(ValueError, match="damaged"):
+        runtime.load_checkpoint(path)
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = saved(tmp_path, {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError):
+        runtime.save_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert runtime.load_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["file.pt"]

@@ -1,0 +1,219 @@
+"""pretrain.py as a user runs it: in a subprocess, on files, killed, resumed, on two and three processes, on bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+# a model of a few thousand weights: what is tested is the run, not what it learns
+SMALL = ["--arch", "vit_micro", "--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8",
+         "--global_crops_size", "16", "--local_crops_size", "8", "--canvas", "24", "--drop_path_rate", "0.3",
+         "--koleo_loss_weight", "0.1", "--log_every", "1"]
+
+
+def command(*args, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, str(ROOT / "pretrain.py"), *map(str, args)]
+
+
+def environment():
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    env.pop("TRITON_INTERPRET", None)
+    return env
+
+
+def pretrain(folder, *args, processes=1, expect=0):
+    done = subprocess.run(command(*args, processes=processes), cwd=folder, env=environment(), text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert done.returncode == expect, done.stdout
+    return done.stdout
+
+
+def kill_at(folder, step, *args, processes=1, signal_number=signal.SIGKILL):
+    """Start a run and signal its whole process group once log.jsonl reaches `step`."""
+    log = Path(folder) / "log.jsonl"
+    with open(Path(folder) / "output.txt", "w") as output:
+        run = subprocess.Popen(command(*args, processes=processes), cwd=folder, env=environment(), stdout=output,
+                               stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
+        until = time.monotonic() + 240
+        while not log.exists() or log.read_text().count("\n") < step:
+            assert run.poll() is None and time.monotonic() < until, (Path(folder) / "output.txt").read_text()
+            time.sleep(0.01)
+        if signal_number == signal.SIGKILL:
+            os.killpg(run.pid, signal.SIGKILL)
+        else:
+            run.send_signal(signal_number)
+        return run.wait(timeout=120)
+
+
+def checkpoint(folder):
+    return torch.load(Path(folder) / "last.pt", weights_only=True)
+
+
+def assert_same(a, b, where=""):
+    """torch.equal through nested dicts and lists."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """A messy export: 3 clips of 8 frames, a truncated PNG, text named .png, 16-bit TIFF, CMYK JPEG, a mask."""
+    folder, rng = tmp_path_factory.mktemp("frames"), np.random.default_rng(0)
+    for clip in range(3):
+        (folder / f"clip {clip}").mkdir()
+        for frame in range(8):
+            pixels = (rng.random((20, 30)) * 60 + 60 * clip + np.arange(30) * 3).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"clip {clip}" / f"{frame}.png")
+    whole = (folder / "clip 0" / "0.png").read_bytes()
+    (folder / "clip 0" / "truncated.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "clip 0" / "text.png").write_text("not an image")
+    Image.fromarray((rng.random((20, 30)) * 4000).astype(np.uint16)).save(folder / "clip 1" / "deep.tif")
+    Image.fromarray((rng.random((20, 30, 4)) * 255).astype(np.uint8), mode="CMYK").save(folder / "clip 1" / "cmyk.jpg")
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "clip 2" / "0_mask.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(frames, tmp_path_factory):
+    """The same frames packed once, so that the runs below start quickly."""
+    pack = tmp_path_factory.mktemp("packs") / "frames.pack"
+    subprocess.run([sys.executable, str(ROOT / "pack.py"), str(frames), str(pack), "--canvas", "24", "--exclude",
+                    "*_mask.png"], check=True, env=environment(), capture_output=True)
+    return pack
+
+
+def test_folder_to_checkpoint_to_finished(frames, tmp_path):
+    """A messy folder is packed, trained on and can be scored; the same command again says that it is finished."""
+    args = ["--data", frames, "--exclude", "*_mask.png", *SMALL, "--batch_size_per_gpu", 8, "--total_samples", 40]
+    out = pretrain(tmp_path, *args)
+    assert "26 images, 3 groups by parent folder" in out and "saved ./last.pt at step 5 of 5" in out
+    skipped = next(tmp_path.glob("*.pack/skipped.txt")).read_text()
+    assert "truncated.png" in skipped and "text.png" in skipped and "deep.tif" not in skipped and "cmyk" not in skipped
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5] and log[-1]["samples"] == 40
+    assert all(np.isfinite(list(record.values())).all() for record in log)
+    saved = checkpoint(tmp_path)
+    assert saved["hashes"].shape == (26, 8) and saved["step"] == 5 and 0 < saved["mean"] < 1
+    assert not any(name in str(saved) for name in ("clip 0", "0.png", "deep.tif"))  # names can be patients' names
+    before = (tmp_path / "last.pt").read_bytes()
+    assert "finished: 5 of 5 steps" in pretrain(tmp_path, *args)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    fewshot = subprocess.run([sys.executable, str(ROOT / "fewshot.py"), "--ckpt", "last.pt", "--shots", "5", "--episodes",
+                              "5"], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=300)
+    assert fewshot.returncode == 0 and "pretrained" in fewshot.stdout, fewshot.stdout + fewshot.stderr
+
+
+def test_killed_and_resumed_equals_uninterrupted(packed, tmp_path):
+    """SIGKILL at step 4 with checkpoints every 3, data workers and drop path on: bit-equal weights, moments and log."""
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--total_samples", 64, "--save_every", 3,
+            "--num_workers", 2]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    pretrain(tmp_path / "whole", *args)
+    kill_at(tmp_path / "killed", 4, *args)
+    assert checkpoint(tmp_path / "killed")["step"] in (3, 6)
+    assert "resuming ./last.pt at step" in pretrain(tmp_path / "killed", *args, "--log_every", 1, "--num_workers", 1)
+    a, b = (checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    assert a["step"] == 8
+    del a["args"], b["args"]  # workers may differ
+    assert_same(a, b)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+              for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_before_leaving(packed, tmp_path, signal_number):
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--total_samples", 80_000, "--save_every", 100_000]
+    assert kill_at(tmp_path, 3, *args, signal_number=signal_number) == 0
+    assert checkpoint(tmp_path)["step"] >= 3
+    assert "saved ./last.pt at step" in (tmp_path / "output.txt").read_text()
+
+
+def test_another_run_is_kept_aside_and_a_damaged_file_is_refused(packed, tmp_path):
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--total_samples", 16]
+    pretrain(tmp_path, *args)
+    before = (tmp_path / "last.pt").read_bytes()
+    out = pretrain(tmp_path, *args, "--seed", 1)
+    assert "other seed" in out and "kept as ./last.old-1.pt" in out
+    assert (tmp_path / "last.old-1.pt").read_bytes() == before and (tmp_path / "log.old-1.jsonl").exists()
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    weight = checkpoint(tmp_path)["student"]["backbone.blocks.0.mlp.fc1.weight"].numpy().tobytes()
+    content[content.index(weight[:64])] ^= 1  # one bit of one weight
+    (tmp_path / "last.pt").write_bytes(content)
+    assert "damaged" in pretrain(tmp_path, *args, expect=2)
+    assert (tmp_path / "last.pt").read_bytes() == content
+
+
+def test_two_processes_train_one_model(packed, tmp_path):
+    """torchrun on CPU: half the batch each gives the weights of one process (no drop path, no KoLeo)."""
+    args = ["--data", packed, *SMALL, "--drop_path_rate", 0, "--koleo_loss_weight", 0, "--total_samples", 32]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    pretrain(tmp_path / "one", *args, "--batch_size_per_gpu", 8)
+    pretrain(tmp_path / "two", *args, "--batch_size_per_gpu", 4, processes=2)
+    a, b = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    assert a["samples"] == b["samples"] == 32
+    for term in ("dino_local", "dino_global", "ibot"):
+        assert a[term] == pytest.approx(b[term], rel=1e-3), term
+
+
+def test_a_non_finite_step_stops_with_its_files(packed, tmp_path):
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--total_samples", 160, "--save_every", 1,
+            "--clip_grad", "1e30", "--warmup_fraction", 0.5, "--base_lr", "1e36", "--layerscale", "1"]
+    out = pretrain(tmp_path, *args, expect=2)
+    assert "is not finite" in out and "Its images: " in out and ".png" in out and "dino_global" in out
+    saved = checkpoint(tmp_path)
+    assert all(value.isfinite().all() for value in [*saved["student"].values(), *saved["teacher"].values()])
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--data", "none"], "none: no such file or folder"),
+    (["--data", "empty"], "no images found"),
+    (["--local_crops_numbers", "3"], "unrecognized arguments: --local_crops_numbers"),
+    (["--local_crops_size", "30"], "--local_crops_size 30 is not a multiple of --patch_size 8"),
+    (["--drop_path_rate", "1.0"], "--drop_path_rate is a share between 0 and 1")])
+def test_bad_arguments_get_a_sentence(tmp_path, args, says):
+    (tmp_path / "empty").mkdir()
+    out = pretrain(tmp_path, *args, expect=2)
+    assert says in out and "Traceback" not in out
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
+def test_kill_series(packed, tmp_path, processes):
+    """Killed again and again, at most a few steps apart; still bit-equal to the uninterrupted run."""
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 4, "--total_samples", 4 * 24 * processes, "--save_every", 2,
+            "--num_workers", 2]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    pretrain(tmp_path / "whole", *args, processes=processes)
+    for step in (3, 4, 9, 14, 15, 21):
+        kill_at(tmp_path / "killed", step, *args, processes=processes)
+    pretrain(tmp_path / "killed", *args, processes=processes)
+    a, b = (checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    assert a["step"] == 24
+    assert_same(a, b)
