@@ -61,7 +61,7 @@ def list_images(source, exclude=(), group_regex=None, labelled=False):
     """Images of a recursive folder, a text list (a path per line) or a CSV (`image[,label][,group]`).
 
     A group is a patient, an examination or a clip: the CSV's `group` column, else the first capture of
-    `group_regex` in the name, else the parent folder (for a labelled folder, the folder below the class). When that
+    `group_regex` in the name, else the parent folder (for a labelled folder, the path below the class). When that
     leaves a single group, or for images directly in a class folder, each image is a group of its own.
     Raises ValueError with one sentence that says what is wrong and where.
     """
@@ -82,8 +82,11 @@ def list_images(source, exclude=(), group_regex=None, labelled=False):
         groups, grouped_by = _regex_groups(names, group_regex, source), f"--group_regex {group_regex}"
     else:
         groups, grouped_by = [os.path.dirname(name) for name in names], "parent folder"
-        if labelled and os.path.isdir(source):  # the class folder is no patient
-            groups = [group if os.sep in group else name for group, name in zip(groups, names)]
+        if labelled and os.path.isdir(source):  # what lies below the class: a patient can be in several classes
+            groups = [os.sep.join(name.split(os.sep)[1:-1]) or name for name in names]
+        elif labelled and len({*groups}) == len({*zip(groups, (row["label"] for row in rows))}) == len(
+                {row["label"] for row in rows}):
+            groups = names  # a folder per class: no folder is a patient
         if len(set(groups)) == 1 or set(groups) == set(names):
             groups, grouped_by = names, "image (each image is its own group)"
     labels = [row["label"] for row in rows] if labelled else None
@@ -124,12 +127,16 @@ def _read_list(path, labelled):
 
 
 def _regex_groups(names, pattern, source):
+    try:
+        pattern = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--group_regex {pattern!r}: {error}")
     groups = []
     for name in names:
-        match = re.search(pattern, name)
-        if not match or not match.groups():
-            raise ValueError(f"{source}: --group_regex {pattern!r} "
-                             f"{'has no (capture)' if match else 'does not match'} {name!r}")
+        match = pattern.search(name)
+        if not match or not match.groups() or not match.group(1):
+            raise ValueError(f"{source}: --group_regex {pattern.pattern!r} "
+                             f"{'has no (capture) in' if match else 'does not match'} {name!r}")
         groups.append(match.group(1))
     return groups
 
