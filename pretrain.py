@@ -40,11 +40,11 @@ HEALTH_ROWS = 64  # teacher rows whose targets are looked at for the log
 PRESETS = {
     "ultradino": {},
     "cpu": dict(
-        arch="vit_micro", patch_size=8, layerscale=0.3, drop_path_rate=0.0, head_n_prototypes=256,
-        head_hidden_dim=512, head_bottleneck_dim=128, global_crops_size=48, global_crops_scale=[0.5, 1.0],
+        arch="vit_micro", patch_size=8, layerscale=0.3, init_std=0.08, drop_path_rate=0.0, head_n_prototypes=256,
+        head_hidden_dim=256, head_bottleneck_dim=32, global_crops_size=48, global_crops_scale=[0.5, 1.0],
         local_crops_number=2, local_crops_size=32, local_crops_scale=[0.25, 0.6], centering="sinkhorn_knopp",
-        teacher_temp=0.04, momentum_teacher=0.9, base_lr=2e-3, batch_size_per_gpu=64, total_samples=38_400,
-        dtype="float32", num_workers=1, save_every=100, log_every=10),
+        warmup_teacher_temp=0.02, teacher_temp=0.02, momentum_teacher=0.9, layerwise_decay=1.0, base_lr=4e-3,
+        batch_size_per_gpu=64, total_samples=25_600, dtype="float32", num_workers=1, save_every=100, log_every=10),
 }
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
 NOT_RECIPE = {"data", "exclude", "holdout", "group_regex", "canvas", "output_dir", "num_workers", "log_every",
@@ -68,6 +68,7 @@ def get_args(argv=None):
     p.add_argument("--patch_size", type=int, default=16, help="pixels; crop sizes must be multiples of it")
     p.add_argument("--num_register_tokens", type=int, default=4, help="extra tokens without a position")
     p.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale; larger learns faster when small")
+    p.add_argument("--init_std", type=float, default=0.02, help="of linear layers; narrow networks start faster near width ** -0.5")
     p.add_argument("--drop_path_rate", type=float, default=0.3, help="share of images each student block skips")
     p.add_argument("--head_n_prototypes", type=int, default=65536, help="K; fewer for small data or small batches")
     p.add_argument("--head_hidden_dim", type=int, default=2048, help="width of the projection head")
@@ -147,7 +148,8 @@ class Network(nn.Module):
         self.backbone = VisionTransformer(**config)
         for name in ("dino_head", "ibot_head") if args.separate_head else ("dino_head",):
             setattr(self, name, DINOHead(config["embed_dim"], args.head_n_prototypes,
-                                         hidden_dim=args.head_hidden_dim, bottleneck_dim=args.head_bottleneck_dim))
+                                         hidden_dim=args.head_hidden_dim, bottleneck_dim=args.head_bottleneck_dim,
+                                         init_std=args.init_std))
 
     def patch_head(self):
         return self.ibot_head if hasattr(self, "ibot_head") else self.dino_head
@@ -156,7 +158,7 @@ class Network(nn.Module):
 def backbone_config(args):
     return dict(SIZES[args.arch], img_size=args.global_crops_size, patch_size=args.patch_size, in_chans=1,
                 num_register_tokens=args.num_register_tokens, drop_path_rate=args.drop_path_rate,
-                init_values=args.layerscale)
+                init_values=args.layerscale, init_std=args.init_std)
 
 
 # ---------------------------------------------------------------- losses

@@ -44,6 +44,9 @@ def clear_errors():
     """Turn what is wrong with the user's input (ValueError, OSError) into one sentence on stderr and exit status 2."""
     try:
         yield
+    except BrokenPipeError:  # whoever read our output left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is quiet
+        raise SystemExit(1)
     except (ValueError, OSError) as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         raise SystemExit(2)

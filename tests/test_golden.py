@@ -118,7 +118,7 @@ def test_koleo(name):
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 def test_whole_step(centering):
     z = golden("step")
-    args = Namespace(head_n_prototypes=256, head_hidden_dim=96, head_bottleneck_dim=32, separate_head=False)
+    args = Namespace(head_n_prototypes=256, head_hidden_dim=96, head_bottleneck_dim=32, separate_head=False, init_std=0.02)
     student, teacher = (pretrain.Network(VIT, args) for _ in range(2))
     for network, who in ((student, "student"), (teacher, "teacher")):
         load_strict(network.backbone, part(z, f"{who}/"), who)

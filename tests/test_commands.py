@@ -1,0 +1,130 @@
+"""The commands that the README promises, as a newcomer types them: slow, run by make test_slow."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewshot
+import pack
+import pretrain
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run(line, cwd, timeout=900, **env):
+    """A shell line with this Python in front of PATH; its output."""
+    env = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="",
+               **env)
+    done = subprocess.run(line, shell=True, cwd=cwd, env=env, text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the project as git would check it out, and nothing else."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
+    for name in filter(None, files):
+        target = tmp_path / "project" / os.fsdecode(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / os.fsdecode(name), target)
+    return tmp_path / "project"
+
+
+def readme_commands():
+    """Every python and torchrun line of the README's code blocks, comments cut off."""
+    for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S):
+        for line in block.splitlines():
+            if re.match(r"(python|torchrun) ", line):
+                yield line.split("  #")[0].strip()
+
+
+@pytest.mark.parametrize("line", sorted(set(readme_commands())))
+def test_readme_commands_parse(line):
+    words = shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    parse = {"pretrain.py": pretrain.get_args, "fewshot.py": fewshot.get_args, "pack.py": pack.get_args}
+    parse[words[script]](words[script + 1:])
+
+
+def test_readme_promises_the_two_commands():
+    assert {"torchrun --nproc_per_node 8 pretrain.py --data /fus2m",
+            "python fewshot.py --ckpt last.pt --shots 5"} <= set(readme_commands())
+
+
+def test_readme_file_map_is_true():
+    """Each file of the map exists with the stated number of lines, and no source file is missing from it."""
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (\d+) \|", README, re.M))
+    files = [ROOT / name for name in rows]
+    lines = {name: str(len(file.read_text().splitlines())) for name, file in zip(rows, files)}
+    assert rows == lines
+    sources = {str(path.relative_to(ROOT)) for pattern in ("*.py", "kernels/*.py", "benchmarks/*.py")
+               for path in ROOT.glob(pattern)}
+    assert sources <= rows.keys() | {"kernels/__init__.py"}
+
+
+def test_readme_tables_come_from_result_files():
+    blocks = re.findall(r"<!-- from (\S+) -->\n```\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for source, block in blocks:
+        result = (ROOT / source).read_text()
+        assert all(line in result for line in block.splitlines()), source
+        assert "command" in result and "commit" in result and "torch" in result  # says how and where
+
+
+@pytest.mark.slow
+def test_the_two_commands_in_a_row(checkout, tmp_path):
+    """torchrun with eight processes on a folder, then few-shot, from the project's folder (a small budget)."""
+    rng = np.random.default_rng(0)
+    for clip in range(8):
+        (tmp_path / "fus2m" / f"clip{clip}").mkdir(parents=True)
+        for frame in range(8):
+            Image.fromarray(rng.integers(0, 255, (60, 80), dtype=np.uint8)).save(tmp_path / f"fus2m/clip{clip}/{frame}.png")
+    out = run(f"torchrun --nproc_per_node 8 pretrain.py --data {tmp_path}/fus2m --total_samples 1024 --batch_size_per_gpu 8",
+              checkout, OMP_NUM_THREADS="1")
+    assert "64 images, 8 groups by parent folder" in out and "step 16 of 16" in out
+    out = run("python fewshot.py --ckpt last.pt --shots 5", checkout)
+    assert "pretrained" in out and "smoke test" in out
+    assert json.loads((checkout / "fewshot.json").read_text())["results"]
+
+
+@pytest.mark.slow
+def test_two_processes_without_flags(checkout):
+    """Phantoms, two gloo processes; stopped after a budget of a few steps."""
+    out = run("torchrun --nproc_per_node 2 pretrain.py --total_samples 640", checkout, OMP_NUM_THREADS="1")
+    assert "phantom" in out and "step 5 of 5" in out
+    assert torch.load(checkout / "last.pt", weights_only=True)["samples"] == 640
+
+
+@pytest.mark.slow
+def test_demo(checkout):
+    """make demo in a fresh copy, its own .venv and all: learned something, and says what phantoms are worth."""
+    out = run("make demo", checkout, timeout=1500)
+    assert "smoke test" in out and "demo/last.pt" in out
+    report = json.loads((checkout / "demo" / "fewshot.json").read_text())
+    best = {name: max(row["estimate"] for row in report["results"]
+                      if row["shots"] == 5 and row["features"] == name and row["score"] == "balanced accuracy")
+            for name in ("pretrained", "random init", "pixels")}
+    assert best["random init"] > 1 / 6 and best["pixels"] > 1 / 6
+    assert best["pretrained"] > best["random init"] + 0.05 and best["pretrained"] > best["pixels"] + 0.05, best
+    log = [json.loads(line) for line in (checkout / "demo" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["dino"] < log[1]["dino"] - 0.1
+
+
+@pytest.mark.slow
+def test_flagless_runs(checkout):
+    """python pretrain.py and python fewshot.py with nothing at all, after one another."""
+    assert "finished" in run("python pretrain.py", checkout, timeout=1200) + run("python pretrain.py", checkout)
+    assert "1 shot" in run("python fewshot.py", checkout)
