@@ -29,6 +29,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -38,7 +39,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data import PACK_VERSION, content_hash, list_images, load_grey, resize_square
+from data import PACK_VERSION, Pack, content_hash, list_images, load_grey, resize_square
 from phantom import phantom_images
 
 CHUNK = 8  # images a worker decodes per task: large enough to hide the round trip, small enough to bound memory
@@ -344,6 +345,41 @@ def pack_phantoms(out, images=12000, canvas=64, seed=0, log=print):
                             recipe={"phantoms": images, "canvas": canvas, "seed": seed})
         _write_skipped(folder, names, {})
     log(f"{images:,} phantom images, {count:,} groups by phantom patient -> {out} ({_size(images * canvas ** 2)})")
+
+
+def open_pack(source, folder, is_first, **how):
+    """What pretraining reads: `source` if it is a pack, else the pack `folder`, made from `source` if not there yet.
+
+    Only the first process of a machine makes it; the others wait for the folder, which appears when it is complete.
+    """
+    if os.path.exists(os.path.join(source, "pack.json")):
+        if how["exclude"] or how["holdout"] or how["group_regex"]:
+            raise ValueError(f"{source} is a pack already: give --exclude, --holdout and --group_regex to pack.py")
+        return Pack(source)
+    if is_first and not os.path.exists(folder):
+        print(f"packing {source} once, into {folder}", flush=True)
+        make_pack(source, folder, **how)
+    data = _wait_for(folder)
+    if data.info["recipe"] != recipe(source, **how):
+        raise ValueError(f"{folder} was packed with other arguments ({data.info['recipe']}): delete it to pack again, "
+                         f"or choose another --output_dir")
+    return data
+
+
+def open_phantoms(folder, images, canvas, seed, is_first):
+    """The pack `folder` of phantom images, drawn if not there yet."""
+    if is_first and not os.path.exists(folder):
+        pack_phantoms(folder, images, canvas, seed)
+    data = _wait_for(folder)
+    if data.info["recipe"] != {"phantoms": images, "canvas": canvas, "seed": seed}:
+        raise ValueError(f"{folder} holds other images ({data.info['recipe']}): delete it, or choose another --output_dir")
+    return data
+
+
+def _wait_for(folder):
+    while not os.path.exists(folder):
+        time.sleep(0.5)
+    return Pack(folder)
 
 
 def main(args):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import kernels
 import pack
 import runtime
-from data import Pack, PretrainBatches, make_crops
+from data import PretrainBatches, make_crops
 from kernels import all_reduce, cross_entropy, sinkhorn, softmax_center, update_center
 from model import SIZES, DINOHead, VisionTransformer, parameter_groups
 
@@ -43,8 +43,8 @@ PRESETS = {
         arch="vit_micro", patch_size=8, layerscale=0.3, init_std=0.08, drop_path_rate=0.0, head_n_prototypes=256,
         head_hidden_dim=256, head_bottleneck_dim=32, global_crops_size=48, global_crops_scale=[0.5, 1.0],
         local_crops_number=2, local_crops_size=32, local_crops_scale=[0.25, 0.6], centering="sinkhorn_knopp",
-        warmup_teacher_temp=0.02, teacher_temp=0.02, momentum_teacher=0.9, layerwise_decay=1.0, base_lr=4e-3,
-        batch_size_per_gpu=64, total_samples=25_600, dtype="float32", num_workers=1, save_every=100, log_every=10),
+        warmup_teacher_temp=0.02, teacher_temp=0.02, momentum_teacher=0.9, layerwise_decay=1.0, base_lr=5e-3,
+        batch_size_per_gpu=32, total_samples=30_000, dtype="float32", num_workers=1, save_every=200, log_every=25),
 }
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
 NOT_RECIPE = {"data", "exclude", "holdout", "group_regex", "canvas", "output_dir", "num_workers", "log_every",
@@ -341,28 +341,14 @@ def draw_drops(backbone, micros, seed, step, rank):
 
 # ---------------------------------------------------------------- the run
 
-def open_pack(args):
-    """The pack to train on, made first if --data is a folder or a list. One process per machine packs, others wait."""
-    how = dict(exclude=args.exclude, holdout=args.holdout, canvas=args.canvas, group_regex=args.group_regex)
-    if args.data and os.path.exists(os.path.join(args.data, "pack.json")):
-        if args.exclude or args.holdout or args.group_regex:
-            raise ValueError(f"{args.data} is a pack already: give --exclude, --holdout and --group_regex to pack.py")
-        return Pack(args.data)
+def open_data(args):
+    """The pack to train on, made first, once, if --data is a folder or a list or absent."""
     name = os.path.basename(os.path.abspath(args.data)) if args.data else "phantoms"
     folder = os.path.join(args.output_dir, f"{name}.pack")
-    if runtime.is_first_on_machine() and not os.path.exists(folder):
-        if args.data:
-            print(f"packing {args.data} once, into {folder}", flush=True)
-            pack.make_pack(args.data, folder, **how)
-        else:
-            pack.pack_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, args.seed)
-    while not os.path.exists(folder):  # a pack appears under its name when it is complete
-        time.sleep(0.5)
-    data = Pack(folder)
-    if args.data and data.info["recipe"] != pack.recipe(args.data, **how):
-        raise ValueError(f"{folder} was packed with other arguments ({data.info['recipe']}): delete it to pack again, "
-                         f"or choose another --output_dir")
-    return data
+    if not args.data:
+        return pack.open_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, args.seed, runtime.is_first_on_machine())
+    return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), exclude=args.exclude, holdout=args.holdout,
+                          canvas=args.canvas, group_regex=args.group_regex)
 
 
 def resume_or_start(path, log_path, identity, student, teacher, optimizer, centers, is_main):
@@ -381,6 +367,8 @@ def resume_or_start(path, log_path, identity, student, teacher, optimizer, cente
             runtime.cut_log(log_path, checkpoint["step"])
             print(f"resuming {path} at step {checkpoint['step']}")
         return checkpoint["step"]
+    if dist.is_initialized():
+        dist.barrier()  # every rank has read the file before it moves
     if is_main:
         print(f"{path} belongs to another run (other {', '.join(differ)}): kept as {runtime.rename_aside(path)}")
         if os.path.exists(log_path):
@@ -433,7 +421,7 @@ def main(args):
     # ---- setup ----
     received = runtime.stop_on_signals()
     os.makedirs(args.output_dir, exist_ok=True)
-    data = open_pack(args)  # before the process group: packing takes longer than a collective waits
+    data = open_data(args)  # before the process group: packing takes longer than a collective waits
     rank, world_size, device = runtime.setup()
     is_main = rank == 0
     kernels.use_reference(args.reference_ops)
@@ -475,8 +463,9 @@ def main(args):
     pending, seen, waited, since = None, 0, 0.0, time.monotonic()
     for step in range(start, steps):
         asked = time.monotonic()
-        micros = to_device(next(loader), device, args, data.mean, data.std)
+        loaded = next(loader)
         waited += time.monotonic() - asked
+        micros = to_device(loaded, device, args, data.mean, data.std)
         values = {name: array[step].item() for name, array in schedule.items()}
         drops = list(draw_drops(student.backbone, micros, args.seed, step, rank))
         stats = train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, drops,
