@@ -109,7 +109,10 @@ def _walk(folder, labelled):
 
 def _read_list(path, labelled):
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        if not path.lower().endswith(".csv"):
+        first = file.readline()
+        file.seek(0)
+        # UltraDINO's train_paths_2m.csv, too, is a path per line without a header
+        if not path.lower().endswith(".csv") or ("," not in first and first.strip() != "image"):
             if labelled:
                 raise ValueError(f"{path}: labels need a folder per class or a .csv with the columns image,label")
             return [{"image": line.rstrip("\r\n")} for line in file if line.strip()]
@@ -185,6 +188,9 @@ class Pack:
 
     def __len__(self):
         return len(self.canvases)
+
+    def __reduce__(self):  # a data worker that is not forked opens the pack again: pickle would copy all canvases
+        return Pack, (self.folder,)
 
     def names(self, indices):
         """Names of a few images, read from disk: they can be patients' names and two million of them fill memory."""

@@ -82,7 +82,7 @@ def labelled_images(args, img_size):
     """(n, function from index to grey image, label strings, group strings, how groups were found)."""
     if args.data is None:
         # at least the 64 pixels of pretraining's phantoms: finer speckle would be another kind of image
-        images, labels, groups = phantom.phantom_images(PHANTOM_IMAGES, size=max(img_size, 64), seed=PHANTOM_SEED)
+        images, labels, groups = phantom.phantom_images(PHANTOM_IMAGES, size=max(img_size, PIXELS_SIDE), seed=PHANTOM_SEED)
         return len(images), images.__getitem__, [phantom.PLANES[label] for label in labels], groups, "phantom patient"
     listed = list_images(args.data, args.exclude, args.group_regex, labelled=True)
     return len(listed.paths), lambda i: read_image(listed.paths[i]), listed.labels, listed.groups, listed.grouped_by
@@ -100,7 +100,7 @@ def extract(n, load, img_size, backbones, mean, std, batch_size, device):
             x = normalise(canvases, mean, std)  # (B, 1 or 3, h, w)
             for rows, backbone in zip(features, backbones):
                 rows.append(embed(backbone, x.expand(-1, backbone.in_chans, -1, -1).to(device)).cpu())
-            thumbnails = [resize_square(canvas, min(PIXELS_SIDE, img_size)) for canvas in canvases]
+            thumbnails = [resize_square(image, PIXELS_SIDE) for image in images]
             features[-1].append(normalise(thumbnails, mean.mean(), std.mean()).flatten(1))  # (B, side * side)
     return [torch.cat(rows) for rows in features], np.frombuffer(b"".join(hashes), np.int64)
 

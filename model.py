@@ -39,7 +39,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, P, C)
+        # the convolution as a matrix product, whose gradient is deterministic on a GPU (cuDNN's need not be)
+        p = self.proj.kernel_size[0]
+        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, in_chans, p, p)
+        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, P, C)
 
 
 class Attention(nn.Module):
@@ -368,7 +371,11 @@ def load_backbone(path):
     checkpoint = load_checkpoint(path)
     state = backbone_state(checkpoint, path)
     config = checkpoint.get("config") or infer_config(state, path)
-    model = load_strict(VisionTransformer(**config), state, path).eval()
+    try:
+        model = VisionTransformer(**config)
+    except TypeError as error:
+        raise ValueError(f"{path}: its config is not of this vision transformer ({error})")
+    load_strict(model, state, path).eval()
     foreign = ULTRADINO_MEAN_STD if config["in_chans"] == 1 else IMAGENET_MEAN_STD
     return model, {"config": config, "mean": checkpoint.get("mean", foreign[0]), "std": checkpoint.get("std", foreign[1]),
                    "img_size": config["img_size"], "hashes": checkpoint.get("hashes"),
@@ -376,7 +383,7 @@ def load_backbone(path):
 
 
 def backbone_state(checkpoint, path):
-    """The teacher's backbone tensors from any layout that DINOv2 and UltraDINO write (specs: ours, teacher, full)."""
+    """The teacher's backbone tensors, without their prefix, from any layout that we, DINOv2 and UltraDINO write."""
     if isinstance(checkpoint.get("teacher"), dict):  # {"teacher": {"backbone.*", "dino_head.*"}}
         state = {key: value for key, value in checkpoint["teacher"].items() if key.startswith("backbone.")}
     elif isinstance(checkpoint.get("model"), dict):  # {"model": {"teacher.backbone.*", "student.*", ...}}

@@ -65,7 +65,8 @@ def get_args(argv=None):
 
 def recipe(source, exclude=(), holdout=(), canvas=384, group_regex=None):
     """What a pack was made from, as stored in pack.json: equal recipes make equal packs from unchanged files."""
-    return {"source": str(source), "exclude": list(exclude), "holdout": [str(path) for path in holdout],
+    return {"source": os.path.realpath(source), "exclude": list(exclude),
+            "holdout": [os.path.realpath(path) for path in holdout],
             "canvas": canvas, "group_regex": group_regex}
 
 
@@ -246,7 +247,7 @@ def drop_rows(folder, rows, keep, canvas):
 
 def write_index(folder, rows, names, groups, canvas, **info):
     """Write index.csv and pack.json; groups are numbered in order of appearance -> the number of groups."""
-    numbers, digest = {}, hashlib.sha256()
+    numbers, digest = {}, hashlib.sha256(str(canvas).encode())
     with open(os.path.join(folder, "index.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "width", "height", "group", "hash"])
@@ -356,9 +357,12 @@ def open_pack(source, folder, is_first, **how):
         if how["exclude"] or how["holdout"] or how["group_regex"]:
             raise ValueError(f"{source} is a pack already: give --exclude, --holdout and --group_regex to pack.py")
         return Pack(source)
-    if is_first and not os.path.exists(folder):
-        print(f"packing {source} once, into {folder}", flush=True)
-        make_pack(source, folder, **how)
+    if is_first:
+        if os.path.exists(folder):
+            print(f"using {folder}, packed earlier (delete it to pack {source} again)", flush=True)
+        else:
+            print(f"packing {source} once, into {folder}", flush=True)
+            make_pack(source, folder, **how)
     data = _wait_for(folder)
     if data.info["recipe"] != recipe(source, **how):
         raise ValueError(f"{folder} was packed with other arguments ({data.info['recipe']}): delete it to pack again, "

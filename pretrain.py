@@ -32,7 +32,7 @@ from model import SIZES, DINOHead, VisionTransformer, parameter_groups
 # DINOv2's constants that nobody tunes (its ssl_default_config)
 STUDENT_TEMP, FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 0.1, 1.0, 1e-6, (0.9, 0.999)
 LR_BATCH = 1024  # the learning rate is base_lr * sqrt(batch / LR_BATCH)
-PHANTOM_IMAGES, PHANTOM_SIZE = 12_000, 64
+PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED = 12_000, 64, 0
 KOLEO_EPS, KOLEO_MIN_DISTANCE = 1e-8, 1e-4
 HEALTH_ROWS = 64  # teacher rows whose targets are looked at for the log
 
@@ -47,16 +47,20 @@ PRESETS = {
         batch_size_per_gpu=32, total_samples=30_000, dtype="float32", num_workers=1, save_every=200, log_every=25),
 }
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
-NOT_RECIPE = {"data", "exclude", "holdout", "group_regex", "canvas", "output_dir", "num_workers", "log_every",
-              "save_every", "reference_ops", "preset", "batch_size_per_gpu", "accum_iter"}
+PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir"}  # kept out of last.pt: they can name patients
+NOT_RECIPE = PATHS | {"canvas", "num_workers", "log_every", "save_every", "reference_ops", "preset",
+                      "batch_size_per_gpu", "accum_iter"}
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    p.add_argument("--preset", choices=PRESETS, help="recipe; default ultradino with a GPU and --data, else cpu")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with a GPU and --data, else cpu")
+    first.add_argument("--data", help="folder of images, text or CSV list, or a pack; without it phantom images")
+    chosen, _ = first.parse_known_args(argv)
+    preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
-    p.add_argument("--data", help="folder of images, text or CSV list, or a pack; default: phantom images")
     p.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
     p.add_argument("--holdout", nargs="+", default=[], help="CSVs, lists or folders whose images and groups stay out")
     p.add_argument("--group_regex", help="first (capture) in an image's name is its patient, examination or clip")
@@ -113,8 +117,6 @@ def get_args(argv=None):
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
     p.add_argument("--reference_ops", action=argparse.BooleanOptionalAction, default=False,
                    help="plain torch instead of the Triton kernels, to compare the two")
-    chosen, _ = p.parse_known_args(argv)
-    preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
     p.set_defaults(**{**PRESETS[preset], "preset": preset})
     args = p.parse_args(argv)
     check_args(p, args)
@@ -125,11 +127,16 @@ def check_args(p, args):
     for name in ("global_crops_size", "local_crops_size"):
         if getattr(args, name) % args.patch_size:
             p.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
-    for name in ("batch_size_per_gpu", "accum_iter", "total_samples", "save_every", "log_every", "canvas"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name, least in (("batch_size_per_gpu", 1), ("accum_iter", 1), ("total_samples", 1), ("save_every", 1),
+                        ("log_every", 1), ("canvas", 1), ("head_n_prototypes", 2), ("local_crops_number", 0),
+                        ("num_workers", 0), ("seed", 0), ("num_register_tokens", 0)):
+        if getattr(args, name) < least:
+            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name in ("teacher_temp", "warmup_teacher_temp", "clip_grad", "base_lr", "init_std"):
+        if getattr(args, name) <= 0:
+            p.error(f"--{name} must be positive, not {getattr(args, name)}")
     for name in ("drop_path_rate", "mask_sample_probability", "warmup_fraction", "warmup_teacher_temp_fraction",
-                 "freeze_last_layer_fraction"):
+                 "freeze_last_layer_fraction", "momentum_teacher"):
         if not 0 <= getattr(args, name) <= 1 or (name == "drop_path_rate" and args.drop_path_rate == 1):
             p.error(f"--{name} is a share between 0 and 1, not {getattr(args, name)}")
     for name in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
@@ -196,16 +203,16 @@ def teacher_targets(teacher, micros, centers, temp, centering):
                          teacher.patch_head().bottleneck(patches)))
     targets, new_centers = [], centers.clone()
     for i, head in enumerate((teacher.dino_head, teacher.patch_head())):
-        rows = torch.cat([micro[i] for micro in features])  # (rows of all micro-batches, bottleneck)
-        logits = head.last_layer(rows)  # (rows, K)
+        rows = [micro[i] for micro in features]  # (rows, bottleneck) per micro-batch
         if centering == "centering":
-            a, r = softmax_center(logits, centers[i], temp)
-            with torch.autocast(rows.device.type, enabled=False):  # sum of logits = prototypes(sum of features)
-                new_centers[i] = update_center(centers[i], head.last_layer(rows.sum(0)), len(rows))
-        else:
-            a, r = sinkhorn(logits, temp)
-        sizes = [len(micro[i]) for micro in features]
-        targets.append([(micro[i], a, part) for micro, part in zip(features, r.split(sizes))])
+            a, r = zip(*(softmax_center(head.last_layer(x), centers[i], temp) for x in rows))  # the same a each time
+            with torch.autocast(centers.device.type, enabled=False):  # sum of logits = prototypes(sum of features)
+                total = head.last_layer(torch.cat(rows).sum(0))  # (K,)
+            new_centers[i] = update_center(centers[i], total, sum(map(len, rows)))
+        else:  # the columns of all rows at once
+            a, r = sinkhorn(head.last_layer(torch.cat(rows)), temp)
+            a, r = [a] * len(rows), r.split([len(x) for x in rows])
+        targets.append(list(zip(rows, a, r)))
     return list(zip(*targets)), new_centers
 
 
@@ -282,20 +289,21 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     heads, 1 if everything was finite, and how many ranks want to stop. If not finite, nothing was changed.
     """
     dtype = getattr(torch, args.dtype)
-    weights = torch.tensor([args.dino_loss_weight, args.dino_loss_weight, args.ibot_loss_weight,
-                            args.koleo_loss_weight * args.batch_size_per_gpu / batch], device=centers.device)
+    weights = (args.dino_loss_weight, args.dino_loss_weight, args.ibot_loss_weight,
+               args.koleo_loss_weight * args.batch_size_per_gpu / batch)
     with torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32):
         targets, new_centers = teacher_targets(teacher, micros, centers, values["teacher_temp"], args.centering)
-        terms = torch.zeros_like(weights)
+        terms = centers.new_zeros(4)
         for micro, target, drop in zip(micros, targets, drops):
-            losses = weights * student_losses(student, teacher, micro, target, values["teacher_temp"], batch, drop)
+            losses = student_losses(student, teacher, micro, target, values["teacher_temp"], batch, drop)
+            losses = torch.stack([weight * loss for weight, loss in zip(weights, losses)])
             losses.sum().backward()
             terms += losses.detach()
         health = target_health(teacher.dino_head, targets[0][0], values["teacher_temp"])
 
     student_buffers, teacher_buffers = buffers
     stats = all_reduce(torch.cat((terms, health * len(micros) * args.batch_size_per_gpu / batch,
-                                  terms.new_tensor([float(stop)]))))
+                                  terms.new_full((1,), float(stop)))))
     for _, grads in student_buffers:
         all_reduce(grads)
     norms = torch.stack([grads.norm() for _, grads in student_buffers])
@@ -346,34 +354,9 @@ def open_data(args):
     name = os.path.basename(os.path.abspath(args.data)) if args.data else "phantoms"
     folder = os.path.join(args.output_dir, f"{name}.pack")
     if not args.data:
-        return pack.open_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, args.seed, runtime.is_first_on_machine())
+        return pack.open_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED, runtime.is_first_on_machine())
     return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), exclude=args.exclude, holdout=args.holdout,
                           canvas=args.canvas, group_regex=args.group_regex)
-
-
-def resume_or_start(path, log_path, identity, student, teacher, optimizer, centers, is_main):
-    """Load last.pt if it belongs to this run and return its step; else move it aside, named on screen, and return 0."""
-    if not os.path.exists(path):
-        return 0
-    checkpoint = runtime.load_checkpoint(path)
-    theirs = checkpoint.get("identity", {})
-    differ = sorted(key for key in {*identity, *theirs} if identity.get(key) != theirs.get(key))
-    if not differ:
-        student.load_state_dict(checkpoint["student"])
-        teacher.load_state_dict(checkpoint["teacher"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        centers.copy_(checkpoint["centers"])
-        if is_main:
-            runtime.cut_log(log_path, checkpoint["step"])
-            print(f"resuming {path} at step {checkpoint['step']}")
-        return checkpoint["step"]
-    if dist.is_initialized():
-        dist.barrier()  # every rank has read the file before it moves
-    if is_main:
-        print(f"{path} belongs to another run (other {', '.join(differ)}): kept as {runtime.rename_aside(path)}")
-        if os.path.exists(log_path):
-            print(f"its log is kept as {runtime.rename_aside(log_path)}")
-    return 0
 
 
 def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, data):
@@ -383,8 +366,8 @@ def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, da
 
     return {"teacher": cpu(teacher.state_dict()), "student": cpu(student.state_dict()),
             "optimizer": optimizer.state_dict(), "centers": centers.cpu(), "step": step,
-            "samples": step * identity["batch"], "args": vars(args), "config": backbone_config(args),
-            "mean": data.mean, "std": data.std, "hashes": torch.from_numpy(data.hashes.copy()), "identity": identity,
+            "samples": step * identity["batch"], "config": backbone_config(args),
+            "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "mean": data.mean, "std": data.std, "hashes": torch.from_numpy(data.hashes.copy()), "identity": identity,
             "commit": runtime.git_commit(), "torch": str(torch.__version__)}
 
 
@@ -405,11 +388,9 @@ def read_stats(pending, batches, data):
 def show_start(args, network, data, steps, batch, schedule, device, world_size, is_main):
     if not is_main:
         return
-    for key, value in sorted(vars(args).items()):
-        print(f"  {key} {value}")
+    runtime.show_run(args, device, world_size)
     parameters = sum(p.numel() for p in network.backbone.parameters())
-    print(f"preset {args.preset} | commit {runtime.git_commit()} | torch {torch.__version__} | {device} x {world_size} | "
-          f"{args.dtype} | {kernels.mode(device)}")
+    print(f"preset {args.preset} | {args.dtype} | {kernels.mode(device)}")
     print(f"{args.arch}: {parameters:,} parameters in the backbone | {len(data):,} images, {data.info['groups']:,} "
           f"groups by {data.info['grouped_by']} | mean {data.mean:.4f} std {data.std:.4f}")
     print(f"{steps:,} steps of {batch} images = {steps * batch:,} ({steps * batch / len(data):.1f} epochs) | "
@@ -419,9 +400,9 @@ def show_start(args, network, data, steps, batch, schedule, device, world_size, 
 
 def main(args):
     # ---- setup ----
-    received = runtime.stop_on_signals()
     os.makedirs(args.output_dir, exist_ok=True)
     data = open_data(args)  # before the process group: packing takes longer than a collective waits
+    received = runtime.stop_on_signals()
     rank, world_size, device = runtime.setup()
     is_main = rank == 0
     kernels.use_reference(args.reference_ops)
@@ -441,10 +422,18 @@ def main(args):
     path, log_path = (os.path.join(args.output_dir, name) for name in ("last.pt", "log.jsonl"))
     recipe = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
     identity = dict(recipe, data=data.info["digest"], batch=batch)
-    start = resume_or_start(path, log_path, identity, student, teacher, optimizer, centers, is_main)
+    checkpoint, start = runtime.resume(path, log_path, identity, is_main), 0
+    if checkpoint:
+        for state, saved in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer")):
+            state.load_state_dict(checkpoint[saved])
+        centers.copy_(checkpoint["centers"])
+        start = checkpoint["step"]
     if start >= steps:
-        print(f"{path} is finished: {steps} of {steps} steps. Train on with a larger --total_samples in another "
-              f"--output_dir, or score it: python fewshot.py --ckpt {path} --shots 5")
+        if is_main:
+            print(f"{path} is finished: {steps} of {steps} steps. Score it: python fewshot.py --ckpt {path} --shots 5; "
+                  f"train anew in another --output_dir")
+        if world_size > 1:
+            dist.destroy_process_group()
         return
     show_start(args, student, data, steps, batch, schedule, device, world_size, is_main)
 
@@ -474,7 +463,7 @@ def main(args):
         stop = previous is not None and read_stats(previous, batches, data)["stop"] > 0  # one step late: no waiting
         done, last, seen = step + 1, step + 1 == steps, seen + batch
         bar.update()
-        if done % args.log_every == 0 or last or stop:
+        if done % args.log_every == 0 or done == start + 1 or last or stop:
             record = read_stats(pending, batches, data)
             seconds = time.monotonic() - since
             if is_main:

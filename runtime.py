@@ -8,6 +8,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 
 import numpy as np
@@ -27,12 +29,22 @@ def setup():
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ:
+        leave_with_parent()
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=datetime.timedelta(minutes=30))
         return dist.get_rank(), dist.get_world_size(), device
     return 0, 1, device
+
+
+def leave_with_parent():
+    """End this process when torchrun is gone: killed by SIGKILL it cannot stop its ranks, which would write on."""
+    def watch(parent=os.getppid()):
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def is_first_on_machine():
@@ -60,8 +72,8 @@ def stop_on_signals():
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print(f"\n{signal.Signals(number).name}: saving after this step, then leaving (again to leave at once)",
-              file=sys.stderr)
+        # os.write, since print may be interrupted inside another print
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step, then leaving (again: at once)\n".encode())
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
@@ -122,6 +134,30 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def resume(path, log_path, identity, is_main):
+    """The checkpoint to go on from, or None: it must have been saved with an equal `identity` (a dict).
+
+    A checkpoint of another run is moved aside, never overwritten, and named on screen; so is its log. The log of the
+    run that goes on is cut back to the checkpoint's step.
+    """
+    checkpoint = load_checkpoint(path) if os.path.exists(path) else {}
+    theirs = checkpoint.get("identity", {})
+    differ = sorted(key for key in {*identity, *theirs} if identity.get(key) != theirs.get(key))
+    if dist.is_initialized():
+        dist.barrier()  # every rank has read the file before it is moved
+    if checkpoint and not differ:
+        if is_main:
+            cut_log(log_path, checkpoint["step"])
+            print(f"resuming {path} at step {checkpoint['step']}")
+        return checkpoint
+    if is_main:
+        if checkpoint:
+            print(f"{path} belongs to another run (other {', '.join(differ)}): kept as {rename_aside(path)}")
+        if os.path.exists(log_path):
+            print(f"{log_path} belongs to no checkpoint of this run: kept as {rename_aside(log_path)}")
+    return None
+
+
 def rename_aside(path):
     """Rename a file to the first free NAME.old-N.EXT beside it; returns the new name."""
     stem, extension = os.path.splitext(path)
@@ -144,9 +180,12 @@ def flatten_parameters(network):
         parameters = list(module.parameters())
         sizes = [p.numel() for p in parameters]
         flat = torch.cat([p.detach().flatten() for p in parameters])
-        grads = torch.zeros_like(flat)
-        for p, values, grad in zip(parameters, flat.split(sizes), grads.split(sizes)):
-            p.data, p.grad = values.view_as(p), grad.view_as(p) if p.requires_grad else None
+        trained = parameters[0].requires_grad  # all of a module or none
+        grads = torch.zeros_like(flat) if trained else None
+        for p, values in zip(parameters, flat.split(sizes)):
+            p.data = values.view_as(p)
+        for p, grad in zip(parameters, grads.split(sizes) if trained else ()):
+            p.grad = grad.view_as(p)
         buffers.append((flat, grads))
     return buffers
 
@@ -162,9 +201,9 @@ def host_copy(x):
 
 # ---------------------------------------------------------------- schedules
 
-def cosine_schedule(base, final, steps, warmup_steps=0, start=0.0):
-    """float64 (steps,): linear from `start` to `base` over the warm-up (both ends included), then cosine to `final`."""
-    warmup = np.linspace(start, base, warmup_steps)
+def cosine_schedule(base, final, steps, warmup_steps=0):
+    """float64 (steps,): linear from 0 to `base` over the warm-up (both ends included), then cosine to `final`."""
+    warmup = np.linspace(0, base, warmup_steps)
     phase = np.arange(steps - warmup_steps) / max(steps - warmup_steps, 1)
     return np.concatenate((warmup, final + 0.5 * (base - final) * (1 + np.cos(np.pi * phase))))
 
@@ -193,6 +232,13 @@ def cut_log(path, step):
     with open(f"{path}.tmp", "w") as file:
         file.writelines(kept)
     os.replace(f"{path}.tmp", path)
+
+
+def show_run(args, device, world_size):
+    """Print every argument, the code's and torch's version and the device, before anything long starts."""
+    for key, value in sorted(vars(args).items()):
+        print(f"  {key} {value}")
+    print(f"commit {git_commit()} | torch {torch.__version__} | {device} x {world_size}")
 
 
 def log_line(path, bar, record, text):

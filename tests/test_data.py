@@ -1,5 +1,6 @@
 """Random draws and device-side augmentation: against Pillow, against written-out formulas, and for what they promise."""
 
+import pickle
 from argparse import Namespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import pack
 
 
 @pytest.fixture
@@ -244,3 +246,18 @@ def test_drawing_and_cropping_a_real_batch_shape():
     draws = {key[len("local_"):]: value for key, value in micro.items() if key.startswith("local_")}
     crops = data.make_crops(micro["canvases"], draws, 8, 0.5, 0.25)
     assert crops.shape == (8, 1, 8, 8) and crops.isfinite().all() and crops.abs().max() <= 2.001
+
+
+def test_a_pack_is_not_copied_to_workers(tmp_path):
+    """Where workers are not forked a pack travels as its folder's name, not as gigabytes; and it arrives whole."""
+    pack.pack_phantoms(tmp_path / "p.pack", 12, 32)
+    opened = data.Pack(tmp_path / "p.pack")
+    assert len(pickle.dumps(opened)) < 1000
+    assert np.array_equal(pickle.loads(pickle.dumps(opened)).canvases, opened.canvases)
+
+
+def test_list_without_a_header_reads_as_paths(tmp_path):
+    """UltraDINO's train_paths_2m.csv: one relative path per line, no header."""
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a b.png")
+    (tmp_path / "train_paths.csv").write_text("a b.png\n")
+    assert data.list_images(str(tmp_path / "train_paths.csv")).names == ["a b.png"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import pretrain
 from kernels import cross_entropy, sinkhorn, softmax_center, update_center
 from model import DINOHead, VisionTransformer, load_strict, parameter_groups
@@ -115,8 +116,11 @@ def test_koleo(name):
     assert_agree(pretrain.koleo_loss(z[f"{name}_x"], torch.arange(16)), z[name], name)
 
 
+@pytest.mark.parametrize("ops", ["references", "kernels"])  # kernels: through the interpreter, called as training does
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
-def test_whole_step(centering):
+def test_whole_step(centering, ops):
+    kernels.use_reference(ops == "references")
+    assert ("references" in kernels.mode("cpu")) == (ops == "references")
     z = golden("step")
     args = Namespace(head_n_prototypes=256, head_hidden_dim=96, head_bottleneck_dim=32, separate_head=False, init_std=0.02)
     student, teacher = (pretrain.Network(VIT, args) for _ in range(2))

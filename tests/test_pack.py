@@ -85,7 +85,7 @@ def test_folder_by_command(tmp_path, clips):
     assert made.groups.tolist() == [0] * 6 + [1] * 6
     assert made.mean == pytest.approx(np.mean(made.canvases / 255), rel=1e-12)
     assert made.std == pytest.approx(np.std(made.canvases / 255), rel=1e-12)
-    assert made.info["recipe"] == pack.recipe("src", canvas=16) and skipped(made) == {}
+    assert made.info["recipe"] == pack.recipe(tmp_path / "src", canvas=16) and skipped(made) == {}
     assert sorted(os.listdir(tmp_path)) == ["out.pack", "src"]
 
 
@@ -102,6 +102,8 @@ def test_worker_count_does_not_matter(tmp_path, clips):
 
 def test_digest_tells_pixels_and_groups_but_not_names(tmp_path, clips):
     first, _ = make(clips, tmp_path / "1.pack")
+    pack.make_pack(str(clips), str(tmp_path / "other.pack"), canvas=24, log=str)
+    assert Pack(tmp_path / "other.pack").info["digest"] != first.info["digest"]  # other canvases are other data
     (clips / "sick" / "sick-a_frame0.png").rename(clips / "sick" / "sick-a_frame00.png")
     renamed, _ = make(clips, tmp_path / "2.pack")
     assert names(renamed) != names(first) and renamed.info["digest"] == first.info["digest"]

@@ -51,7 +51,7 @@ def networks(args):
     student = pretrain.Network(config, args).double()
     teacher = copy.deepcopy(student).requires_grad_(False)
     buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
-    optimizer = torch.optim.AdamW(model.parameter_groups(student, 0.9), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(student, 0.9), lr=0.0, fused=True)
     return student, teacher, buffers, optimizer
 
 
@@ -200,7 +200,7 @@ def test_variants_train(more):
                                     num_register_tokens=2, init_values=0.5, drop_path_rate=args.drop_path_rate), args)
     teacher = copy.deepcopy(student).requires_grad_(False)
     buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
-    optimizer = torch.optim.AdamW(model.parameter_groups(student, 0.9), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(student, 0.9), lr=0.0, fused=True)
     before = {name: p.clone() for name, p in student.named_parameters()}
     batches = data.PretrainBatches(FakePack(), args)
     centers = torch.zeros(2, 32)
