@@ -46,7 +46,7 @@ def content_hash(grey):
 
 
 def resize_square(grey, size):
-    """uint8 (h, w) -> uint8 (size, size), antialiased bicubic; the aspect is squashed, its true value is kept beside it."""
+    """uint8 (h, w) -> uint8 (size, size), antialiased bicubic; squashes the aspect."""
     return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
 
 

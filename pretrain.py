@@ -339,9 +339,9 @@ def schedules(args, steps, batch):
 
 def draw_drops(backbone, micros, seed, step, rank):
     """Drop-path draws of a rank's micro-batches, before any forward."""
+    extra = 1 + backbone.num_register_tokens
     for number, micro in enumerate(micros):
         rng = np.random.default_rng(np.random.SeedSequence((seed, step, rank, number)))
-        extra = 1 + backbone.num_register_tokens
         shapes = [(len(crops), extra + (crops.shape[-1] // backbone.patch_size) ** 2)
                   for crops in (micro["global_crops"], micro["local_crops"])]
         yield backbone.draw_drop_path(shapes, rng)
@@ -366,8 +366,9 @@ def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, da
 
     return {"teacher": cpu(teacher.state_dict()), "student": cpu(student.state_dict()),
             "optimizer": optimizer.state_dict(), "centers": centers.cpu(), "step": step,
-            "samples": step * identity["batch"], "config": backbone_config(args),
-            "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "mean": data.mean, "std": data.std, "hashes": torch.from_numpy(data.hashes.copy()), "identity": identity,
+            "samples": step * identity["batch"], "config": backbone_config(args), "mean": data.mean, "std": data.std,
+            "args": {key: value for key, value in vars(args).items() if key not in PATHS},
+            "hashes": torch.from_numpy(data.hashes.copy()), "identity": identity,
             "commit": runtime.git_commit(), "torch": str(torch.__version__)}
 
 
@@ -385,9 +386,7 @@ def read_stats(pending, batches, data):
     return values
 
 
-def show_start(args, network, data, steps, batch, schedule, device, world_size, is_main):
-    if not is_main:
-        return
+def show_start(args, network, data, steps, batch, schedule, device, world_size):
     runtime.show_run(args, device, world_size)
     parameters = sum(p.numel() for p in network.backbone.parameters())
     print(f"preset {args.preset} | {args.dtype} | {kernels.mode(device)}")
@@ -435,7 +434,8 @@ def main(args):
         if world_size > 1:
             dist.destroy_process_group()
         return
-    show_start(args, student, data, steps, batch, schedule, device, world_size, is_main)
+    if is_main:
+        show_start(args, student, data, steps, batch, schedule, device, world_size)
 
     # ---- data ----
     batches = PretrainBatches(data, args, rank, world_size)
@@ -444,10 +444,6 @@ def main(args):
         pin_memory=device.type == "cuda", worker_init_fn=runtime.ignore_signals))
 
     # ---- loop ----
-    def save(step):
-        if is_main:
-            runtime.save_checkpoint(path, checkpoint_of(student, teacher, optimizer, centers, step, args, identity, data))
-
     bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
     pending, seen, waited, since = None, 0, 0.0, time.monotonic()
     for step in range(start, steps):
@@ -471,7 +467,9 @@ def main(args):
             seen, waited, since = 0, 0.0, time.monotonic()
         if done % args.save_every == 0 or last or stop:
             read_stats(pending, batches, data)  # nothing that is not finite is ever saved
-            save(done)
+            if is_main:
+                runtime.save_checkpoint(path, checkpoint_of(student, teacher, optimizer, centers, done, args, identity,
+                                                            data))
         if stop:
             break
     bar.close()
