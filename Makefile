@@ -6,7 +6,7 @@ PYTHON = .venv/bin/python
 demo: .venv/installed
 	mkdir -p demo
 	$(PYTHON) pretrain.py --output_dir demo
-	$(PYTHON) fewshot.py --ckpt demo/last.pt --shots 1 5 --json demo/fewshot.json
+	$(PYTHON) fewshot.py --ckpt demo/last.pt --shots 1 5 --img_size 64 --json demo/fewshot.json
 
 test: .venv/installed_test
 	$(PYTHON) -m pytest tests
