@@ -113,7 +113,7 @@ def test_a_different_batch_does_change_the_run():
 
 @pytest.mark.parametrize("where", ["canvas", "gradient"])
 def test_non_finite_step_reaches_nothing(where):
-    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4"])
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4", "--centering", "centering"])  # centers move, too
     student, teacher, buffers, optimizer = networks(args)
     centers = torch.zeros(2, 32, dtype=torch.float64)
     values = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
@@ -164,6 +164,21 @@ def test_koleo_ignores_siblings():
     nearest = [min((x[i] - x[j]).norm().item() for j in range(12) if groups[j] != groups[i]) for i in range(12)]
     assert pretrain.koleo_loss(x, groups).item() == pytest.approx(-np.log(nearest).mean(), rel=1e-4)
     assert pretrain.koleo_loss(x, torch.zeros(12)) == 0  # nobody has a neighbour
+
+
+def test_koleo_is_averaged_over_micro_batches():
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4", "--accum_iter", "4", "--koleo_loss_weight", "0.1"])
+    student, teacher, buffers, optimizer = networks(args)
+    micros = pretrain.to_device(data.PretrainBatches(FakePack(), args)[0], torch.device("cpu"), args, 0.5, 0.25)
+    micros = [{k: v.double() if v.is_floating_point() else v for k, v in micro.items()} for micro in micros]
+    with torch.no_grad():
+        tokens = [student.backbone.forward_features(m["global_crops"], m["masks"])["x_norm_clstoken"] for m in micros]
+        each = [pretrain.koleo_loss(cls[:4], m["groups"]) + pretrain.koleo_loss(cls[4:], m["groups"])
+                for cls, m in zip(tokens, micros)]
+    stats = pretrain.train_step(student, teacher, optimizer, buffers, torch.zeros(2, 32).double(), micros,
+                                dict(lr=1e-3, weight_decay=0, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False),
+                                args, 16, [None] * 4)
+    assert stats[3].item() == pytest.approx(0.1 * torch.stack(each).mean().item(), rel=1e-6)
 
 
 def test_koleo_is_float32_under_autocast():
