@@ -1,5 +1,6 @@
 """pretrain.py as a user runs it: in a subprocess, on files, killed, resumed, on two and three processes, on bad input."""
 
+import contextlib
 import json
 import os
 import signal
@@ -55,14 +56,22 @@ def kill_at(folder, step, *args, processes=1, signal_number=signal.SIGKILL):
             return run.wait(timeout=120)
         family = [run.pid, *descendants(run.pid)]  # torchrun gives every rank a session of its own
         for pid in family:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a short-lived helper may have ended since it was listed
+                os.kill(pid, signal.SIGKILL)
         run.wait()
         wait_until_gone(family)
 
 
 def descendants(pid):
-    children = [int(child) for thread in Path(f"/proc/{pid}/task").iterdir() for child in (thread / "children").read_text().split()]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
+    """Children, grandchildren, ... of a process by /proc; whatever ends while they are listed is not among them."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sorted(family - {pid})
 
 
 def alive(pid):
