@@ -296,22 +296,47 @@ def block_mask(rng, grid, target):
     return mask
 
 
-def draw_masks(seed, step, crops, wanted, grid, probability, ratio):
-    """Masks for the crop numbers `wanted` of a global batch of `crops` global crops: bool (wanted, P).
+def deal_strata(rng, images, masked):
+    """Which stratum of mask ratios each crop of a batch gets: int (2, images), -1 for no mask; row 0 is first crops.
 
-    A share `probability` of the crops is masked; their target ratios are stratified over the range `ratio`, one
-    stratum each, in random order over the whole batch (DINOv2's collate). Every crop has its own stream.
+    Images have equal shares of the `masked` crops, the first or second crop by a coin. Neighbours get strata that
+    mirror each other, a light and a heavy mask: so every stretch of images has nearly the same number of masked patches.
     """
-    masked = int(crops * probability)
+    light = rng.permutation(masked // 2)
+    strata = np.append(np.stack((light, masked - 1 - light), axis=1).ravel(), [masked // 2] * (masked % 2))
+    image = np.arange(masked) * images // max(masked, 1)
+    again = np.append(False, image[1:] == image[:-1])[:masked]  # with more masks than images some have both crops masked
+    dealt = np.full((2, images), -1)
+    dealt[((rng.random(images) < 0.5)[image] ^ again).astype(int), image] = strata
+    return dealt
+
+
+def mask_bound(images, batch, patches, probability, ratio):
+    """An upper bound of the masked patches of `images` neighbours in a batch, whatever is drawn."""
+    masked = int(2 * batch * probability)
+    share = -(-images * masked // batch)  # masked crops of these images: half of them pairs, ends may be torn from theirs
+    pair = ratio[0] + ratio[1] + (ratio[1] - ratio[0]) / max(masked, 1)
+    return int(min(np.ceil(patches * (share // 2 * pair + 2 * ratio[1])), 2 * images * patches)) if masked else 0
+
+
+def draw_masks(seed, step, batch, images, grid, probability, ratio):
+    """Masks of both global crops of some images (numbers in the batch): bool (2 * images, P), crop-major.
+
+    A share `probability` of the batch's crops is masked; their target ratios are stratified over the range `ratio`,
+    one stratum each (DINOv2's collate). Every crop has its own stream.
+    """
+    masked = int(2 * batch * probability)
     edges = np.linspace(*ratio, masked + 1)
-    stratum = philox(seed, step, MASKS, 0).permutation(crops)  # strata >= masked: no mask
-    masks = np.zeros((len(wanted), *grid), bool)
-    for row, crop in enumerate(wanted):
-        if stratum[crop] < masked:
-            rng = philox(seed, step, MASKS, 1 + int(crop))
-            share = rng.uniform(edges[stratum[crop]], edges[stratum[crop] + 1])
-            masks[row] = block_mask(rng, grid, int(grid[0] * grid[1] * share))
-    return masks.reshape(len(wanted), -1)
+    dealt = deal_strata(philox(seed, step, MASKS, 0), batch, masked)  # (2, batch)
+    masks = np.zeros((2, len(images), *grid), bool)
+    for crop in (0, 1):
+        for row, image in enumerate(images):
+            stratum = dealt[crop, image]
+            if stratum >= 0:
+                rng = philox(seed, step, MASKS, 1 + crop * batch + int(image))
+                share = rng.uniform(edges[stratum], edges[stratum + 1])
+                masks[crop, row] = block_mask(rng, grid, int(grid[0] * grid[1] * share))
+    return masks.reshape(2 * len(images), -1)
 
 
 class PretrainBatches(torch.utils.data.Dataset):
@@ -319,7 +344,7 @@ class PretrainBatches(torch.utils.data.Dataset):
 
     Each: canvases uint8 (b, S, S), draws of 2 global and L local crops, masks bool (2b, P) crop-major (all first
     crops, then all second ones), mask_indices (M,) into the flattened masks, mask_weight (M,) = 1 / masked patches of
-    that crop, groups (b,). A pure function of (pack, seed, step): 1 process of 16 images, 2 of 8 and 4 micro-batches
+    that crop, groups (b,). M is mask_bound, the same at every step: padding has index 0 and weight 0. A pure function of (pack, seed, step): 1 process of 16 images, 2 of 8 and 4 micro-batches
     of 4 see the same crops of the same images.
     """
 
@@ -354,10 +379,13 @@ class PretrainBatches(torch.utils.data.Dataset):
     def _micro(self, step, indices, global_draws, local_draws, share):
         args, images = self.args, np.arange(self.batch)[share]
         side = args.global_crops_size // args.patch_size
-        masks = draw_masks(args.seed, step, 2 * self.batch, np.concatenate((images, images + self.batch)),
-                           (side, side), args.mask_sample_probability, args.mask_ratio_min_max)  # (2b, P)
-        mask_indices = masks.reshape(-1).nonzero()[0]
-        mask_weight = (masks / masks.sum(1, keepdims=True).clip(1))[masks].astype(np.float32)
+        masks = draw_masks(args.seed, step, self.batch, images, (side, side), args.mask_sample_probability,
+                           args.mask_ratio_min_max)  # (2b, P)
+        bound = mask_bound(len(images), self.batch, side * side, args.mask_sample_probability, args.mask_ratio_min_max)
+        mask_indices, mask_weight = np.zeros(bound, np.int64), np.zeros(bound, np.float32)
+        count = masks.sum()
+        mask_indices[:count] = masks.reshape(-1).nonzero()[0]
+        mask_weight[:count] = (masks / masks.sum(1, keepdims=True).clip(1))[masks]
         micro = dict(canvases=self.pack.canvases[indices[share]], masks=masks, mask_indices=mask_indices,
                      mask_weight=mask_weight, groups=self.pack.groups[indices[share]])
         micro.update({f"global_{key}": value[share] for key, value in global_draws.items()})

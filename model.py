@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
 from runtime import load_checkpoint
@@ -48,12 +50,12 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.attend = num_heads, attention
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, shapes):
-        return self.proj(attention(self.qkv(x), shapes, self.num_heads))  # (T, C)
+        return self.proj(self.attend(self.qkv(x), shapes, self.num_heads))  # (T, C)
 
 
 class Mlp(nn.Module):
@@ -90,17 +92,50 @@ class LayerScale(nn.Module):
         return x * self.gamma  # float32 even where x is bf16: the residual stream must not round 1e-5 away
 
 
+def rows_or_zero(x, inverse):
+    """x[inverse], zeros where inverse is -1: (kept, C), (T,) -> (T, C)."""
+    return torch.where(inverse[:, None] >= 0, x.index_select(0, inverse.clamp(min=0)), 0.0)
+
+
+class KeepRows(torch.autograd.Function):
+    """x[rows]. rows are distinct, so backward is a gather by their inverse too: no atomic additions into zeros."""
+
+    @staticmethod
+    def forward(ctx, x, rows, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, rows)  # (kept, C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return rows_or_zero(grad, *ctx.saved_tensors), None, None
+
+
+class AddRows(torch.autograd.Function):
+    """x, with residual added to the rows that were kept."""
+
+    @staticmethod
+    def forward(ctx, x, residual, rows, inverse):
+        ctx.save_for_backward(rows)
+        return x + rows_or_zero(residual, inverse)  # (T, C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad, grad.index_select(0, *ctx.saved_tensors), None, None
+
+
 def add_residual(x, shapes, drop, branch):
-    """x + branch(x). With drop = (rows, scale, kept_shapes) the branch runs on a random subset of the images only.
+    """x + branch(x). With drop = (rows, inverse, scale, kept_shapes) the branch sees a random subset of the images only.
 
     Stochastic depth as DINOv2 does it: each crop size keeps a share of its images, the residual is scaled by
     images / kept, and the dropped images cost nothing.
     """
     if drop is None:
         return x + branch(x, shapes)
-    rows, scale, kept_shapes = drop
-    residual = branch(x.index_select(0, rows), kept_shapes) * scale  # (kept tokens, C)
-    return x.index_add(0, rows, residual.to(x.dtype))
+    rows, inverse, scale, kept_shapes = drop
+    residual = branch(KeepRows.apply(x, rows, inverse), kept_shapes) * scale  # (kept tokens, C)
+    return AddRows.apply(x, residual.to(x.dtype), rows, inverse)
 
 
 class Block(nn.Module):
@@ -140,6 +175,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, ffn_layer, init_values) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.checkpoint_activations = False  # True: backward computes each block again instead of remembering it
         self._resize = {}  # (grid, device, dtype) -> matrix that interpolates pos_embed, see position_matrix
         self.init_weights(init_std)
 
@@ -194,7 +230,11 @@ class VisionTransformer(nn.Module):
         masks = masks or [None] * len(x)
         packed, shapes = self.pack(x, masks)  # (T, C)
         for i, block in enumerate(self.blocks):
-            packed = block(packed, shapes, drops[2 * i:2 * i + 2] if drops else (None, None))
+            drop = drops[2 * i:2 * i + 2] if drops else (None, None)
+            if self.checkpoint_activations and torch.is_grad_enabled():  # nothing random happens in a block
+                packed = checkpoint(block, packed, shapes, drop, use_reentrant=False, preserve_rng_state=False)
+            else:
+                packed = block(packed, shapes, drop)
         sizes, R = [B * N for B, N in shapes], self.num_register_tokens
         outputs = []
         for shape, mask, prenorm, normed in zip(shapes, masks, packed.split(sizes), self.norm(packed).split(sizes)):
@@ -215,17 +255,28 @@ class VisionTransformer(nn.Module):
         """
         if not self.drop_path_rate:
             return None
-        branches, device, offset, rows, scale, kept_shapes = 2 * len(self.blocks), self.pos_embed.device, 0, [], [], []
+        branches, device, first_row, first_kept, rows, inverse, scale, kept_shapes = (
+            2 * len(self.blocks), self.pos_embed.device, 0, 0, [], [], [], [])
         for B, N in shapes:
             kept = min(B, max(int(B * (1 - self.drop_path_rate)), 1))
             chosen = np.sort(rng.random((branches, B)).argsort(axis=1)[:, :kept], axis=1)  # (branches, kept)
-            first = torch.from_numpy(offset + chosen * N).to(device, non_blocking=True)
-            rows.append((first[..., None] + torch.arange(N, device=device)).flatten(1))  # (branches, kept * N)
+            place = np.full((branches, B), -N)  # of an image's first token among the kept ones; below 0: dropped
+            np.put_along_axis(place, chosen, first_kept + N * np.arange(kept), axis=1)
+            token = torch.arange(N, device=device)
+            rows.append((to_device(first_row + N * chosen, device)[..., None] + token).flatten(1))
+            inverse.append((to_device(place, device)[..., None] + token).clamp(min=-1).flatten(1))
             scale.append(torch.full((kept * N, 1), B / max(kept, 1), device=device))
             kept_shapes.append((kept, N))
-            offset += B * N
-        rows, scale = torch.cat(rows, dim=1), torch.cat(scale)  # (branches, kept tokens), (kept tokens, 1)
-        return [(branch_rows, scale, kept_shapes) for branch_rows in rows]
+            first_row, first_kept = first_row + B * N, first_kept + kept * N
+        rows, inverse, scale = torch.cat(rows, 1), torch.cat(inverse, 1), torch.cat(scale)
+        # (branches, kept tokens), (branches, T), (kept tokens, 1)
+        return [(*indices, scale, kept_shapes) for indices in zip(rows, inverse)]
+
+    def compile_blocks(self):
+        """torch.compile each block: fuses what lies between matrix products. Attention stays the kernel it is."""
+        for block in self.blocks:
+            block.attn.attend = torch.compiler.disable(attention)
+            block.compile(dynamic=False)
 
     def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
         """Patch tokens after the last n blocks (or after the blocks named in the list n), registers left out.
@@ -245,6 +296,12 @@ class VisionTransformer(nn.Module):
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, C, rows, columns)
                 outputs.append((patches, cls) if return_class_token else patches)
         return tuple(outputs)
+
+
+def to_device(array, device):
+    """A numpy array as a tensor there; through pinned memory, so that the CPU does not wait for a GPU."""
+    x = torch.from_numpy(array)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def init_linear(module, std):

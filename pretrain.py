@@ -26,7 +26,7 @@ import kernels
 import pack
 import runtime
 from data import PretrainBatches, make_crops
-from kernels import all_reduce, cross_entropy, sinkhorn, softmax_center, update_center
+from kernels import LogitChunks, all_reduce, prototype_loss, sinkhorn, softmax_center, update_center
 from model import SIZES, DINOHead, VisionTransformer, parameter_groups
 
 # DINOv2's constants that nobody tunes (its ssl_default_config)
@@ -49,7 +49,7 @@ PRESETS = {
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
 PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir"}  # kept out of last.pt: they can name patients
 NOT_RECIPE = PATHS | {"canvas", "num_workers", "log_every", "save_every", "reference_ops", "preset",
-                      "batch_size_per_gpu", "accum_iter"}
+                      "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations"}
 
 
 def get_args(argv=None):
@@ -113,6 +113,10 @@ def get_args(argv=None):
     # the run
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="torch.compile the blocks: fewer passes over memory, after minutes of compiling")
+    p.add_argument("--checkpoint_activations", action=argparse.BooleanOptionalAction, default=False,
+                   help="compute each block twice instead of remembering it: less memory, slower")
     p.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
     p.add_argument("--reference_ops", action=argparse.BooleanOptionalAction, default=False,
@@ -188,79 +192,74 @@ def koleo_loss(x, groups):
 
 
 @torch.no_grad()
-def teacher_targets(teacher, micros, centers, temp, centering):
+def teacher_targets(teacher, micros, centers, temp, centering, dtype=torch.float32):
     """The teacher's view of a step's micro-batches, before any student sees them: (targets, new centers (2, K)).
 
-    A target is (features, a, r) per micro-batch and loss: p = exp(prototypes(features) / temp - a - r). `a` comes
-    from the whole batch on all ranks; bottleneck features are kept rather than K logits a row.
+    Targets are two lists, of class and of patch rows, with (features (items, M, bottleneck), prototypes, a, r (items,
+    M)) per micro-batch: p = exp(features @ prototypes.T / temp - a - r). `a` comes from the whole batch on all ranks.
     """
-    features = []
+    class_rows, patch_rows, valid = [], [], []
     for micro in micros:
-        tokens = teacher.backbone.forward_features(micro["global_crops"])
-        first, second = tokens["x_norm_clstoken"].chunk(2)  # each (b, C)
-        patches = tokens["x_norm_patchtokens"].flatten(0, 1)[micro["mask_indices"]]  # (M, C)
-        features.append((teacher.dino_head.bottleneck(torch.cat((second, first))),  # crop A learns from crop B
-                         teacher.patch_head().bottleneck(patches)))
+        b, tokens = len(micro["groups"]), teacher.backbone.forward_features(micro["global_crops"])
+        cls = tokens["x_norm_clstoken"].unflatten(0, (2, b)).transpose(0, 1)  # (b, 2, C)
+        patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)
+        class_rows.append(teacher.dino_head.bottleneck(cls))  # (b, 2, bottleneck)
+        patch_rows.append(teacher.patch_head().bottleneck(patches[:, None]))  # (M, 1, bottleneck)
+        valid.append(micro["mask_weight"] > 0)
+    valid = [torch.ones_like(centers[0, :1], dtype=torch.bool).expand(sum(map(len, class_rows)) * 2), torch.cat(valid)]
     targets, new_centers = [], centers.clone()
-    for i, head in enumerate((teacher.dino_head, teacher.patch_head())):
-        rows = [micro[i] for micro in features]  # (rows, bottleneck) per micro-batch
+    for i, (head, rows) in enumerate(((teacher.dino_head, class_rows), (teacher.patch_head(), patch_rows))):
+        prototypes, features = head.last_layer.weight(), torch.cat([x.flatten(0, 1) for x in rows])
+        chunks = LogitChunks(features, prototypes, dtype)
         if centering == "centering":
-            a, r = zip(*(softmax_center(head.last_layer(x), centers[i], temp) for x in rows))  # the same a each time
-            with torch.autocast(centers.device.type, enabled=False):  # sum of logits = prototypes(sum of features)
-                total = head.last_layer(torch.cat(rows).sum(0))  # (K,)
-            new_centers[i] = update_center(centers[i], total, sum(map(len, rows)))
-        else:  # the columns of all rows at once
-            a, r = sinkhorn(head.last_layer(torch.cat(rows)), temp)
-            a, r = [a] * len(rows), r.split([len(x) for x in rows])
-        targets.append(list(zip(rows, a, r)))
-    return list(zip(*targets)), new_centers
+            a, r = softmax_center(chunks, centers[i], temp)
+            r = torch.where(valid[i], r, math.inf)
+            total = prototypes @ (features * valid[i][:, None]).sum(0)  # sum of logits = prototypes(sum of features)
+            new_centers[i] = update_center(centers[i], total, valid[i].sum())
+        else:
+            a, r = sinkhorn(chunks, temp, valid=valid[i])
+        r = r.split([x.shape[0] * x.shape[1] for x in rows])
+        targets.append([(x, prototypes, a, part.view(x.shape[:2])) for x, part in zip(rows, r)])
+    return targets, new_centers
 
 
-def student_losses(student, teacher, micro, target, temp, batch, drops=None):
-    """The four terms of one micro-batch, DINOv2's scales but for the weights: local DINO, global DINO, iBOT, KoLeo.
+def student_losses(student, micro, class_target, patch_target, temp, batch, drops=None, dtype=torch.float32):
+    """(DINO, iBOT, KoLeo) of one micro-batch, DINOv2's scales but for the weights, and how much of DINO is local.
 
     Each is this micro-batch's part of the mean over the `batch` images of the step (KoLeo: of this micro-batch).
     """
     b, L = len(micro["groups"]), len(micro["local_crops"]) // len(micro["groups"])
     tokens, local_tokens = student.backbone.forward_features(
         [micro["global_crops"], micro["local_crops"]], [micro["masks"], None], drops)
-    cls = tokens["x_norm_clstoken"]  # (2b, C)
+    global_cls = tokens["x_norm_clstoken"]  # (2b, C)
+    cls = torch.cat((global_cls, local_tokens["x_norm_clstoken"])).unflatten(0, (2 + L, b))  # (2 + L, b, C)
     patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)
-    device, (class_target, patch_target) = cls.device, target
+    heads = student.dino_head, student.patch_head()
+    prototypes = [head.last_layer.weight() for head in dict.fromkeys(heads)]  # (K, bottleneck), of one head or of two
 
-    # global row i learns from teacher row i (the other crop), local rows of image j from both its teacher rows
-    i, j = torch.arange(2 * b, device=device), torch.arange(b, device=device).repeat(L)
-    teacher_rows = torch.stack((torch.cat((i, j)), torch.cat((torch.full_like(i, -1), j + b))), dim=1)  # ((2+L)b, 2)
-    weight = torch.full((len(teacher_rows),), 1 / (batch * (2 * L + 2)), device=device)
-    logits = student.dino_head(torch.cat((cls, local_tokens["x_norm_clstoken"])))  # ((2 + L)b, K)
-    dino = prototype_cross_entropy(logits, teacher.dino_head, class_target, teacher_rows, weight, temp)
-
-    i = torch.arange(len(patches), device=device)
-    teacher_rows = torch.stack((i, torch.full_like(i, -1)), dim=1)  # (M, 2)
-    weight = micro["mask_weight"] / (2 * batch)
-    ibot = prototype_cross_entropy(student.patch_head()(patches), teacher.patch_head(), patch_target, teacher_rows,
-                                   weight, temp)
-    koleo = koleo_loss(cls[:b], micro["groups"]) + koleo_loss(cls[b:], micro["groups"])
-    return torch.stack((dino[2 * b:].sum(), dino[:2 * b].sum(), ibot.sum(), koleo))  # (4,)
-
-
-def prototype_cross_entropy(logits, teacher_head, target, teacher_rows, weight, temp):
-    features, a, r = target
-    with torch.no_grad():
-        teacher_logits = teacher_head.last_layer(features)  # (rows, K) again: cheaper than keeping them
-    return cross_entropy(logits, teacher_logits, a, r, teacher_rows, weight, STUDENT_TEMP, temp)
+    # a global crop learns from the teacher's other crop, a local one from both
+    k = torch.arange(2 + L, device=cls.device)
+    rows_of = torch.stack(((k == 0).long(), 2 * (k >= 2) - 1), dim=1)  # (2 + L, 2): 1 -1, 0 -1, 0 1, 0 1, ...
+    weight = cls.new_full((b, 2 + L), 1 / (batch * (2 * L + 2)), dtype=class_target[3].dtype)
+    dino, losses = prototype_loss(heads[0].bottleneck(cls).transpose(0, 1), prototypes[0], *class_target, rows_of,
+                                  weight, STUDENT_TEMP, temp, dtype)
+    weight = micro["mask_weight"][:, None] / (2 * batch)  # (M, 1)
+    ibot, _ = prototype_loss(heads[1].bottleneck(patches[:, None]), prototypes[-1], *patch_target,
+                             -k[None, :2], weight, STUDENT_TEMP, temp, dtype)  # rows_of [[0, -1]]: each from its own
+    koleo = koleo_loss(global_cls[:b], micro["groups"]) + koleo_loss(global_cls[b:], micro["groups"])
+    return torch.stack((dino, ibot, koleo)), losses[:, 2:].sum()
 
 
 @torch.no_grad()
-def target_health(head, target, temp):
+def target_health(target, temp):
     """(mean entropy of the targets, what they tell about the image), in nats, from HEALTH_ROWS class rows.
 
     The second is the mutual information of image and prototype, at most log(rows). At 0 every image has the same
     target: a collapse, or a teacher that has not learned anything yet.
     """
-    features, a, r = target
-    rows = min(HEALTH_ROWS, len(r) // 2)  # the first half of the rows is one crop of each image
-    p = torch.exp(head.last_layer(features[:rows]).to(a.dtype) / temp - a - r[:rows, None])  # (rows, K)
+    features, prototypes, a, r = target
+    features, r = features[:HEALTH_ROWS, 0], r[:HEALTH_ROWS, :1]  # one crop of each image
+    p = torch.exp((features @ prototypes.T).to(a.dtype) / temp - a - r)  # (rows, K)
     mean = p.mean(0)
     entropy = torch.special.entr(p).sum(1).mean()
     return torch.stack((entropy, torch.special.entr(mean).sum() - entropy))
@@ -289,17 +288,19 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     heads, 1 if everything was finite, and how many ranks want to stop. If not finite, nothing was changed.
     """
     dtype = getattr(torch, args.dtype)
-    weights = (args.dino_loss_weight, args.dino_loss_weight, args.ibot_loss_weight,
+    weights = (args.dino_loss_weight, args.ibot_loss_weight,
                args.koleo_loss_weight * args.batch_size_per_gpu / batch)
     with torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32):
-        targets, new_centers = teacher_targets(teacher, micros, centers, values["teacher_temp"], args.centering)
-        terms = centers.new_zeros(4)
-        for micro, target, drop in zip(micros, targets, drops):
-            losses = student_losses(student, teacher, micro, target, values["teacher_temp"], batch, drop)
-            losses = torch.stack([weight * loss for weight, loss in zip(weights, losses)])
-            losses.sum().backward()
-            terms += losses.detach()
-        health = target_health(teacher.dino_head, targets[0][0], values["teacher_temp"])
+        temp, terms = values["teacher_temp"], []
+        targets, new_centers = teacher_targets(teacher, micros, centers, temp, args.centering, dtype)
+        for micro, *target, drop in zip(micros, *targets, drops):
+            losses, local = student_losses(student, micro, *target, temp, batch, drop, dtype)
+            dino, ibot, koleo = (weight * loss for weight, loss in zip(weights, losses))
+            (dino + ibot + koleo).backward()
+            local = weights[0] * local
+            terms.append(torch.stack((local, dino - local, ibot, koleo)).detach())
+        health = target_health(targets[0][0], temp)
+    terms = torch.stack(terms).sum(0)  # (4,)
 
     student_buffers, teacher_buffers = buffers
     stats = all_reduce(torch.cat((terms, health * len(micros) * args.batch_size_per_gpu / batch,
@@ -416,6 +417,10 @@ def main(args):
     buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
     centers = torch.zeros(2, args.head_n_prototypes, device=device)  # of class rows and of patch rows
     optimizer = torch.optim.AdamW(parameter_groups(student, args.layerwise_decay), lr=0.0, betas=ADAM_BETAS, fused=True)
+    student.backbone.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        student.backbone.compile_blocks()
+        teacher.backbone.compile_blocks()
 
     # ---- resume ----
     path, log_path = (os.path.join(args.output_dir, name) for name in ("last.pt", "log.jsonl"))

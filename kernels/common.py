@@ -9,15 +9,18 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
     import triton.language as tl
     HAVE_TRITON = True
 except ImportError:  # e.g. on a Mac: `@triton.jit` and `tl.constexpr` still parse, nothing can be launched
-    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+    triton = SimpleNamespace(jit=lambda kernel: kernel, cdiv=lambda x, y: -(-x // y))
+    tl = SimpleNamespace(constexpr=lambda x: x)
     HAVE_TRITON = False
 
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)  # a GPU has exp2 and log2 only
 INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 _reference_only = False
 
@@ -35,7 +38,13 @@ def takes_kernel(x):
     if x.is_cuda and not HAVE_TRITON:
         raise RuntimeError("a CUDA tensor needs the Triton kernels: run `pip install triton`, or pass "
                            "--reference_ops to train with the plain-torch formulas")
-    return x.is_cuda or INTERPRET
+    return x.is_cuda or INTERPRET or isinstance(x, FakeTensor)
+
+
+def launch(kernel, grid, x, *args, **constants):
+    """kernel[grid](x, ...); nothing where x is a shape without numbers, as when --dry_run predicts memory."""
+    if not isinstance(x, FakeTensor):
+        kernel[grid](x, *args, **constants)
 
 
 def mode(device):

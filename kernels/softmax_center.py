@@ -3,7 +3,7 @@
     p[i, k] = softmax_k((x[i, k] - center[k]) / T) = exp(x[i, k] / T - a[k] - r[i])
     a = center / T        r[i] = logsumexp_k(x[i, k] / T - a[k])
 
-in    logits (rows, K) float16, bfloat16 or float32, center (K,), temp T: a number
+in    logits: chunks (rows, K) float16, bfloat16 or float32, center (K,), temp T: a number
 out   a (K,), r (rows,) float32 (the reference keeps float64). Nothing is saved: targets have no gradient.
 
 Bytes: the kernel reads the logits once and writes rows numbers. Plain torch reads and writes (rows, K) for the
@@ -15,9 +15,11 @@ The center (DINO, arXiv 2104.14294, equation 4) is an exponential moving average
 """
 import torch
 
-from .common import all_reduce, at_least_float32, check_matrix, takes_kernel, tl, triton
+from .common import LN2, LOG2E, all_reduce, at_least_float32, check_matrix, launch, takes_kernel, tl, triton
 
-BLOCK_K = 2048  # columns per step of a row: 4 warps hold 16 numbers a thread, and 65,536 columns are 32 steps
+# A program owns ROWS rows, which share each load of a, and walks over K in steps of BLOCK_K: 64 numbers a thread.
+ROWS, BLOCK_K, NUM_WARPS = 4, 2048, 4
+LOWEST = tl.constexpr(-1e38)  # a running maximum starts here, not at -inf: exp2(-inf - -inf) is NaN
 
 
 def row_logsumexp_ref(x, a, temp):
@@ -25,38 +27,45 @@ def row_logsumexp_ref(x, a, temp):
 
 
 @triton.jit
-def row_logsumexp_kernel(x_ptr, stride, a_ptr, r_ptr, K, inv_temp, BLOCK_K: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # 64-bit: rows * K passes 2^31
-    row_max = float("-inf")
-    row_sum = 0.0
+def online_logsumexp(high, total, y, axis: tl.constexpr):
+    # Running maximum and sum of 2^(y - maximum) along an axis: one exp2 per element, one more per kept number.
+    new_high = tl.maximum(high, tl.max(y, axis))
+    total = total * tl.exp2(high - new_high) + tl.sum(tl.exp2(y - tl.expand_dims(new_high, axis)), axis)
+    return new_high, total
+
+
+@triton.jit
+def row_logsumexp_kernel(x_ptr, stride, a_ptr, r_ptr, rows, K, inv_temp, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)  # [ROWS]; 64-bit: rows * K passes 2^31
+    high = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + row * stride + cols, mask=cols < K, other=float("-inf")).to(tl.float32)
-        y = x * inv_temp - tl.load(a_ptr + cols, mask=cols < K, other=0.0)  # [BLOCK_K]
-        new_max = tl.maximum(row_max, tl.max(y, 0))
-        row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(y - new_max), 0)
-        row_max = new_max
-    tl.store(r_ptr + row, row_max + tl.log(row_sum))
+        mask = (i[:, None] < rows) & (cols[None, :] < K)
+        x = tl.load(x_ptr + i[:, None] * stride + cols[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+        a = tl.load(a_ptr + cols, mask=cols < K, other=0.0)
+        high, total = online_logsumexp(high, total, (x * inv_temp - a[None, :]) * LOG2E, 1)  # of [ROWS, BLOCK_K]
+    tl.store(r_ptr + i, (high + tl.log2(total)) * LN2, mask=i < rows)
 
 
 def row_logsumexp(x, a, temp):
-    """logsumexp_k(x / temp - a) of each row: (rows, K), (K,) -> (rows,). One program per row."""
+    """logsumexp_k(x / temp - a) of each row: (rows, K), (K,) -> (rows,)."""
     if not takes_kernel(x):
         return row_logsumexp_ref(x, a, temp)
     check_matrix("logits", x)
     rows, K = x.shape
     r = x.new_empty(rows, dtype=torch.float32)
     if rows:
-        row_logsumexp_kernel[(rows,)](x, x.stride(0), a.float().contiguous(), r, K, 1 / temp,
-                                      BLOCK_K=BLOCK_K, num_warps=4)
+        launch(row_logsumexp_kernel, (triton.cdiv(rows, ROWS),), x, x.stride(0), a.float().contiguous(), r, rows, K,
+               1 / temp, ROWS=ROWS, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS)
     return r
 
 
 @torch.no_grad()
-def softmax_center(logits, center, temp):
-    """The two vectors (a, r) of softmax((logits - center) / temp)."""
+def softmax_center(chunks, center, temp):
+    """The two vectors (a, r) of softmax((logits - center) / temp); the logits come in chunks of rows."""
     a = at_least_float32(center) / temp
-    return a, row_logsumexp(logits, a, temp)
+    return a, torch.cat([row_logsumexp(x, a, temp) for x in chunks])
 
 
 @torch.no_grad()

@@ -146,13 +146,31 @@ def test_probabilities_of_the_draws():
 
 def test_block_masks_have_ibots_statistics():
     """UltraDINO's setting: 256 crops of 14 x 14, half masked, ratios 0.1 to 0.5: about 7,448 patches (its own run)."""
-    masks = data.draw_masks(0, 0, 256, np.arange(256), (14, 14), 0.5, (0.1, 0.5))
+    masks = data.draw_masks(0, 0, 128, np.arange(128), (14, 14), 0.5, (0.1, 0.5))
     shares = np.sort(masks.mean(1))
     assert (shares[:128] == 0).all() and (shares[128:] > 0).all()
     assert masks.sum() == pytest.approx(7448, rel=0.02)
     assert shares[128] == pytest.approx(0.1, abs=0.02) and shares[-1] == pytest.approx(0.5, abs=0.02)  # stratified
-    other = data.draw_masks(0, 1, 256, np.arange(256), (14, 14), 0.5, (0.1, 0.5))
+    other = data.draw_masks(0, 1, 128, np.arange(128), (14, 14), 0.5, (0.1, 0.5))
     assert (masks.any(1) != other.any(1)).any()
+    assert 40 < masks[:128].any(1).sum() < 88  # first crops as often as second ones
+
+
+@pytest.mark.parametrize("batch, share, probability", [(32, 32, 0.5), (1024, 128, 0.5), (7, 7, 0.3), (6, 3, 0.9), (5, 5, 1),
+                                                       (64, 16, 0.25), (9, 3, 0.5), (1, 1, 0.5), (4, 2, 0.1), (8, 8, 0)])
+def test_masks_are_dealt_evenly(batch, share, probability):
+    """Every stratum is dealt once, and no rank's share of a batch has more masked patches than the bound."""
+    masked, ratio = int(2 * batch * probability), (0.1, 0.5)
+    edges, bound = np.linspace(*ratio, masked + 1), data.mask_bound(share, batch, 196, probability, ratio)
+    for step in range(5):
+        dealt = data.deal_strata(data.philox(0, step, data.MASKS), batch, masked)
+        assert sorted(dealt[dealt >= 0]) == list(range(masked))
+        for first in range(0, batch, share):
+            mine = dealt[:, first:first + share]
+            most = sum(int(196 * edges[stratum + 1]) for stratum in mine[mine >= 0])
+            assert most <= bound
+            if share >= 32:
+                assert bound < 1.12 * most
 
 
 def test_block_masks_are_blocks():
@@ -164,7 +182,8 @@ def test_block_masks_are_blocks():
 
 def test_masks_do_not_depend_on_who_asks():
     everyone = data.draw_masks(7, 3, 32, np.arange(32), (6, 6), 0.5, (0.1, 0.5))
-    assert (data.draw_masks(7, 3, 32, np.array([5, 30]), (6, 6), 0.5, (0.1, 0.5)) == everyone[[5, 30]]).all()
+    some = data.draw_masks(7, 3, 32, np.array([5, 30]), (6, 6), 0.5, (0.1, 0.5))
+    assert (some == everyone[[5, 30, 32 + 5, 32 + 30]]).all() and some.any()
 
 
 # ---------------------------------------------------------------- order and batches
@@ -229,7 +248,10 @@ def test_ranks_and_micro_batches_share_one_global_batch():
                 joined = torch.cat([part[key] for part in parts])
             assert torch.equal(joined, whole[key]), key
     assert whole["mask_weight"].sum() == pytest.approx(whole["masks"].any(1).sum().item())
-    assert torch.equal(whole["masks"].flatten().nonzero()[:, 0], whole["mask_indices"])
+    real = whole["mask_weight"] > 0
+    assert torch.equal(whole["masks"].flatten().nonzero()[:, 0], whole["mask_indices"][real])
+    sizes = {len(batch["mask_indices"]) for step in range(9) for batch in data.PretrainBatches(pack, batch_args(accum_iter=2))[step]}
+    assert len(sizes) == 1 and not real[-1]  # padded to one size
 
 
 def test_blur_compat_swaps_the_probabilities():

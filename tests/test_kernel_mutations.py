@@ -1,4 +1,4 @@
-"""Every mask, guard and scale of every kernel is needed: without it a test of test_kernels.py fails.
+"""Every mask, guard and scale of every kernel is needed: without it a test of its file fails.
 
 Each kernel file is changed in one place at a time, inside its `@triton.jit` functions: a mask, a mask's value for
 absent elements, one side of an `&`, a `tl.where`, a factor, a subtracted term or a 64-bit cast goes away. A process
@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-# Which tests run for a file's mutants. The first word of a test's name is the op's.
-FILES = {"attention": "test_attention", "softmax_center": "test_softmax_center", "sinkhorn": "test_sinkhorn",
-         "cross_entropy": "test_cross_entropy"}
+# Which tests run for a file's mutants: the test file, and how their names start.
+FILES = {"attention": ("test_kernel_attention.py", "test_attention"),
+         "softmax_center": ("test_kernels.py", "test_softmax_center"),
+         "sinkhorn": ("test_kernels.py", "test_sinkhorn"),
+         "cross_entropy": ("test_kernels.py", "test_cross_entropy")}
 
 
 def replacements(node):
@@ -79,7 +81,7 @@ def test_every_mutant_fails(name, tmp_path):
         shutil.copytree(KERNELS, tmp_path / str(i) / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
         (tmp_path / str(i) / "kernels" / f"{name}.py").write_text(source)
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, __file__, str(tmp_path), str(len(changes)), FILES[name]]
+    command = [sys.executable, __file__, str(tmp_path), str(len(changes)), *FILES[name]]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     verdicts = run.stdout.split()
     assert len(verdicts) == len(changes), run.stdout + run.stderr
@@ -89,7 +91,7 @@ def test_every_mutant_fails(name, tmp_path):
     assert not survivors, "\n".join(survivors)
 
 
-def try_mutant(folder, tests):
+def try_mutant(folder, test_file, tests):
     """Exit status 0 when the tests pass on the package in this folder; output goes nowhere."""
     signal.alarm(300)
     sys.path.insert(0, folder)
@@ -98,13 +100,13 @@ def try_mutant(folder, tests):
     import kernels
     assert kernels.__file__.startswith(folder)
     arguments = ["-x", "-q", "-k", tests + " and not reference", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    os._exit(pytest.main([str(KERNELS.parent / "tests" / "test_kernels.py"), *arguments]) != 0)
+    os._exit(pytest.main([str(KERNELS.parent / "tests" / test_file), *arguments]) != 0)
 
 
 if __name__ == "__main__":
     import torch  # noqa: F401  loaded once, shared by all forks
     import triton  # noqa: F401
-    top, count, tests = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    top, count, test_file, tests = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     sys.path.insert(0, str(KERNELS.parent / "tests"))
     jobs = min(2, os.cpu_count())
     for i in range(0, count, jobs):
@@ -112,6 +114,6 @@ if __name__ == "__main__":
         for j in range(i, min(i + jobs, count)):
             pids.append(os.fork())
             if pids[-1] == 0:
-                try_mutant(os.path.join(top, str(j)), tests)
+                try_mutant(os.path.join(top, str(j)), test_file, tests)
         for pid in pids:
             print("passed" if os.waitpid(pid, 0)[1] == 0 else "failed", flush=True)
