@@ -8,6 +8,7 @@ import csv
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import re
 from collections import namedtuple
@@ -395,38 +396,45 @@ class PretrainBatches(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------- what is computed: on the device, as matrix products
 
+def band_matrix(weights, columns, width):
+    """Matrices (n, rows, width), zero but for weights (n, rows, taps) at columns; weights that share one are added.
+
+    Few taps are not zero: computing them and spreading them out moves a tenth of what computing all columns would.
+    """
+    matrix = weights.new_zeros(*weights.shape[:2], width)
+    return matrix.scatter_add_(2, columns.expand_as(weights), weights)
+
+
 def resize_weights(start, length, out_size, in_size):
     """Weights (n, out, in) of antialiased bicubic resizing of [start, start + length) of an axis to `out` pixels.
 
     start, length (n,) in pixels, fractions allowed. Pillow's rule (a = -0.5, support 2 output pixels when shrinking);
     pixels whose centre is outside the box get no weight and the rest is renormalised, as after a crop.
     """
-    pixels = torch.arange(in_size, device=start.device) + 0.5  # (in,)
     outputs = torch.arange(out_size, device=start.device) + 0.5  # (out,)
     step = (length / out_size)[:, None]  # (n, 1) input pixels per output pixel
     centre = start[:, None] + outputs * step  # (n, out)
-    d = ((pixels - centre[..., None]) / step.clamp(min=1)[..., None]).abs()  # (n, out, in)
+    taps = torch.arange(math.ceil(4 * max(1, in_size / out_size)) + 1, device=start.device)  # as many as step can reach
+    columns = (centre - 2 * step.clamp(min=1)).floor()[..., None] + taps  # (n, out, taps)
+    d = ((columns + 0.5 - centre[..., None]) / step.clamp(min=1)[..., None]).abs()
     near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
     weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
     # a box thinner than a pixel (very long frames) still holds the pixel at its middle
-    inside = (pixels - (start + length / 2)[:, None]).abs() <= length.clamp(min=1)[:, None] / 2  # (n, in)
-    weights = weights * inside[:, None]
-    return weights / weights.sum(-1, keepdim=True)
+    middle, reach = (start + length / 2)[:, None, None], length.clamp(min=1)[:, None, None] / 2
+    inside = ((columns + 0.5 - middle).abs() <= reach) & (columns >= 0) & (columns < in_size)
+    weights = weights * inside
+    weights = weights / weights.sum(-1, keepdim=True)
+    return band_matrix(weights, columns.long().clamp(0, in_size - 1), in_size)
 
 
 def blur_weights(sigma, size):
     """Matrices (n, size, size) of a 9-tap Gaussian blur with reflected borders; sigma (n,), 0 gives the identity."""
-    i = torch.arange(size, device=sigma.device)
-
-    def kernel(distance):  # (size, size) -> (n, size, size)
-        value = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None, None]) ** 2)
-        return torch.where(distance.abs() <= 4, value, 0.0)
-
-    column, row = i[None, :], i[:, None]
-    weights = kernel(column - row)  # the pixel itself
-    weights = weights + torch.where(column > 0, kernel(-column - row), 0.0)  # its mirror image left of 0
-    weights = weights + torch.where(column < size - 1, kernel(2 * (size - 1) - column - row), 0.0)  # right of the end
-    return weights / weights.sum(-1, keepdim=True)
+    taps = torch.arange(-4, 5, device=sigma.device)
+    weights = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)  # (n, 9)
+    weights = weights / weights.sum(-1, keepdim=True)
+    columns = (torch.arange(size, device=sigma.device)[:, None] + taps).abs()  # (size, 9), mirrored at 0 ...
+    columns = (size - 1 - (size - 1 - columns).abs()).clamp(min=0)  # ... and at the other end
+    return band_matrix(weights[:, None].expand(-1, size, -1), columns, size)
 
 
 def adjust_contrast(x, factor):
@@ -458,3 +466,16 @@ def make_crops(canvases, draws, size, mean, std):
     x = torch.where((solarize > 0) & (x >= 128), 255 - x, x)
     x = (x / 255 - mean) / std
     return x.view(B, n, 1, size, size).transpose(0, 1).flatten(0, 1)  # (n * B, 1, size, size)
+
+
+def to_device(batch, device, args, mean, std):
+    """A step's micro-batches on the device, with their crops made there."""
+    micros = []
+    for micro in batch:
+        micro = {key: value.to(device, non_blocking=True) for key, value in micro.items()}
+        canvases = micro.pop("canvases")
+        for kind, size in (("global", args.global_crops_size), ("local", args.local_crops_size)):
+            draws = {key[len(kind) + 1:]: micro.pop(key) for key in list(micro) if key.startswith(f"{kind}_")}
+            micro[f"{kind}_crops"] = make_crops(canvases, draws, size, mean, std)  # (n * b, 1, size, size)
+        micros.append(micro)
+    return micros

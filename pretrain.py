@@ -25,7 +25,7 @@ from tqdm import tqdm
 import kernels
 import pack
 import runtime
-from data import PretrainBatches, make_crops
+from data import PretrainBatches, to_device
 from kernels import LogitChunks, all_reduce, prototype_loss, sinkhorn, softmax_center, update_center
 from model import SIZES, DINOHead, VisionTransformer, parameter_groups
 
@@ -49,7 +49,7 @@ PRESETS = {
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
 PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir"}  # kept out of last.pt: they can name patients
 NOT_RECIPE = PATHS | {"canvas", "num_workers", "log_every", "save_every", "reference_ops", "preset",
-                      "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations"}
+                      "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations", "dry_run"}
 
 
 def get_args(argv=None):
@@ -58,6 +58,7 @@ def get_args(argv=None):
     first.add_argument("--data", help="folder of images, text or CSV list, or a pack; without it phantom images")
     chosen, _ = first.parse_known_args(argv)
     preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
+    flag = dict(action=argparse.BooleanOptionalAction, default=False)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
@@ -77,8 +78,7 @@ def get_args(argv=None):
     p.add_argument("--head_n_prototypes", type=int, default=65536, help="K; fewer for small data or small batches")
     p.add_argument("--head_hidden_dim", type=int, default=2048, help="width of the projection head")
     p.add_argument("--head_bottleneck_dim", type=int, default=256, help="width before the prototypes")
-    p.add_argument("--separate_head", action=argparse.BooleanOptionalAction, default=False,
-                   help="patches get a head of their own (DINOv2's long recipe)")
+    p.add_argument("--separate_head", **flag, help="patches get a head of their own (DINOv2's long recipe)")
     # crops and masks
     p.add_argument("--global_crops_size", type=int, default=224, help="pixels")
     p.add_argument("--global_crops_scale", type=float, nargs=2, default=[0.32, 1.0], help="share of the image's area")
@@ -113,14 +113,12 @@ def get_args(argv=None):
     # the run
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="torch.compile the blocks: fewer passes over memory, after minutes of compiling")
-    p.add_argument("--checkpoint_activations", action=argparse.BooleanOptionalAction, default=False,
-                   help="compute each block twice instead of remembering it: less memory, slower")
+    p.add_argument("--compile", **flag, help="torch.compile the blocks: fewer passes over memory, after minutes of compiling")
+    p.add_argument("--checkpoint_activations", **flag, help="compute each block twice instead of remembering it: less memory, slower")
     p.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
-    p.add_argument("--reference_ops", action=argparse.BooleanOptionalAction, default=False,
-                   help="plain torch instead of the Triton kernels, to compare the two")
+    p.add_argument("--dry_run", **flag, help="print what the run would cost in memory, work and time, and stop; needs no data")
+    p.add_argument("--reference_ops", **flag, help="plain torch instead of the Triton kernels, to compare the two")
     p.set_defaults(**{**PRESETS[preset], "preset": preset})
     args = p.parse_args(argv)
     check_args(p, args)
@@ -170,6 +168,25 @@ def backbone_config(args):
     return dict(SIZES[args.arch], img_size=args.global_crops_size, patch_size=args.patch_size, in_chans=1,
                 num_register_tokens=args.num_register_tokens, drop_path_rate=args.drop_path_rate,
                 init_values=args.layerscale, init_std=args.init_std)
+
+
+def build_networks(args, device):
+    torch.manual_seed(args.seed)
+    student = Network(backbone_config(args), args).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    student.backbone.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        student.backbone.compile_blocks()
+        teacher.backbone.compile_blocks()
+    return student, teacher
+
+
+def build_state(student, teacher, args):
+    """What a step changes beside: flat buffers of both networks, centers of class and patch rows, optimizer."""
+    buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
+    centers = torch.zeros(2, args.head_n_prototypes, device=buffers[0][0][0].device)
+    optimizer = torch.optim.AdamW(parameter_groups(student, args.layerwise_decay), lr=0.0, betas=ADAM_BETAS, fused=True)
+    return buffers, centers, optimizer
 
 
 # ---------------------------------------------------------------- losses
@@ -267,19 +284,6 @@ def target_health(target, temp):
 
 # ---------------------------------------------------------------- one step
 
-def to_device(batch, device, args, mean, std):
-    """A step's micro-batches on the device, with their crops made there."""
-    micros = []
-    for micro in batch:
-        micro = {key: value.to(device, non_blocking=True) for key, value in micro.items()}
-        canvases = micro.pop("canvases")
-        for kind, size in (("global", args.global_crops_size), ("local", args.local_crops_size)):
-            draws = {key[len(kind) + 1:]: micro.pop(key) for key in list(micro) if key.startswith(f"{kind}_")}
-            micro[f"{kind}_crops"] = make_crops(canvases, draws, size, mean, std)  # (n * b, 1, size, size)
-        micros.append(micro)
-    return micros
-
-
 def train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, drops, stop=False):
     """One optimizer step over a list of micro-batches; nothing here waits for the device.
 
@@ -288,8 +292,7 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     heads, 1 if everything was finite, and how many ranks want to stop. If not finite, nothing was changed.
     """
     dtype = getattr(torch, args.dtype)
-    weights = (args.dino_loss_weight, args.ibot_loss_weight,
-               args.koleo_loss_weight * args.batch_size_per_gpu / batch)
+    weights = args.dino_loss_weight, args.ibot_loss_weight, args.koleo_loss_weight * args.batch_size_per_gpu / batch
     with torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32):
         temp, terms = values["teacher_temp"], []
         targets, new_centers = teacher_targets(teacher, micros, centers, temp, args.centering, dtype)
@@ -297,8 +300,7 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
             losses, local = student_losses(student, micro, *target, temp, batch, drop, dtype)
             dino, ibot, koleo = (weight * loss for weight, loss in zip(weights, losses))
             (dino + ibot + koleo).backward()
-            local = weights[0] * local
-            terms.append(torch.stack((local, dino - local, ibot, koleo)).detach())
+            terms.append(torch.stack((weights[0] * local, dino - weights[0] * local, ibot, koleo)).detach())
         health = target_health(targets[0][0], temp)
     terms = torch.stack(terms).sum(0)  # (4,)
 
@@ -362,10 +364,7 @@ def open_data(args):
 
 def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, data):
     """What last.pt holds: tensors and plain values only, and no file names (they can be patients' names)."""
-    def cpu(state):
-        return {key: value.detach().cpu().clone() for key, value in state.items()}
-
-    return {"teacher": cpu(teacher.state_dict()), "student": cpu(student.state_dict()),
+    return {"teacher": runtime.cpu_copy(teacher.state_dict()), "student": runtime.cpu_copy(student.state_dict()),
             "optimizer": optimizer.state_dict(), "centers": centers.cpu(), "step": step,
             "samples": step * identity["batch"], "config": backbone_config(args), "mean": data.mean, "std": data.std,
             "args": {key: value for key, value in vars(args).items() if key not in PATHS},
@@ -400,6 +399,9 @@ def show_start(args, network, data, steps, batch, schedule, device, world_size):
 
 def main(args):
     # ---- setup ----
+    if args.dry_run:
+        from tools.dry_run import dry_run
+        return dry_run(args)
     os.makedirs(args.output_dir, exist_ok=True)
     data = open_data(args)  # before the process group: packing takes longer than a collective waits
     received = runtime.stop_on_signals()
@@ -411,16 +413,8 @@ def main(args):
     schedule = schedules(args, steps, batch)
 
     # ---- networks ----
-    torch.manual_seed(args.seed)
-    student = Network(backbone_config(args), args).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
-    centers = torch.zeros(2, args.head_n_prototypes, device=device)  # of class rows and of patch rows
-    optimizer = torch.optim.AdamW(parameter_groups(student, args.layerwise_decay), lr=0.0, betas=ADAM_BETAS, fused=True)
-    student.backbone.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        student.backbone.compile_blocks()
-        teacher.backbone.compile_blocks()
+    student, teacher = build_networks(args, device)
+    buffers, centers, optimizer = build_state(student, teacher, args)
 
     # ---- resume ----
     path, log_path = (os.path.join(args.output_dir, name) for name in ("last.pt", "log.jsonl"))

@@ -199,6 +199,11 @@ def host_copy(x):
     return x, copied
 
 
+def cpu_copy(state):
+    """A state dict whose tensors are the host's own."""
+    return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+
 # ---------------------------------------------------------------- schedules
 
 def cosine_schedule(base, final, steps, warmup_steps=0):

@@ -27,7 +27,7 @@ zero-filled gradient of the whole qkv per group; here (and in the reference, by 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .common import at_least_float32, check_matrix, takes_kernel, tl, triton
+from .common import at_least_float32, check_matrix, launch, takes_kernel, tl, triton
 
 
 def tiles(dtype, D):
@@ -160,7 +160,7 @@ class Attention(torch.autograd.Function):
         out = qkv.new_empty(T, C)
         lse = qkv.new_empty(num_heads, T, dtype=torch.float32)
         for grid, sizes, constants in launches(qkv, shapes, num_heads):
-            attention_fwd_kernel[grid](qkv, out, lse, *sizes, **constants)
+            launch(attention_fwd_kernel, grid, qkv, out, lse, *sizes, **constants)
         ctx.save_for_backward(qkv, out, lse)
         ctx.shapes, ctx.num_heads = shapes, num_heads
         return out
@@ -173,8 +173,8 @@ class Attention(torch.autograd.Function):
         delta = torch.empty_like(lse)
         dqkv = qkv.new_empty(qkv.shape)
         for grid, sizes, constants in launches(qkv, ctx.shapes, ctx.num_heads):
-            attention_bwd_dq_kernel[grid](qkv, out, dout, lse, delta, dqkv, *sizes, **constants)
-            attention_bwd_dkdv_kernel[grid](qkv, dout, lse, delta, dqkv, *sizes, **constants)
+            launch(attention_bwd_dq_kernel, grid, qkv, out, dout, lse, delta, dqkv, *sizes, **constants)
+            launch(attention_bwd_dkdv_kernel, grid, qkv, dout, lse, delta, dqkv, *sizes, **constants)
         return dqkv, None, None
 
 
