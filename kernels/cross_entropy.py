@@ -15,9 +15,8 @@ out   loss (items * S,) float32 (the reference keeps float64) and the gradient t
       float16 it is bfloat16: logits of unit vectors need float16's digits, gradients bfloat16's range. The weight is
       in it before it is rounded.
 
-Bytes, for R rows of b bytes with one teacher row each: 3RKb where the second read of s is answered by the L2 cache
-(a program's rows are 256 KB of float16 at K = 65,536, and one program of 16 warps runs on a multiprocessor at a time),
-else 4RKb. Plain torch writes a float32 (rows, K) matrix for every operation, more than ten, and keeps two of them,
+Bytes, for R rows of b bytes with one teacher row each: 3RKb where the second read of s is answered by the L2 cache (a
+program has 256 KB of it at K = 65,536 in float16, and few large programs run at a time), else 4RKb. Plain torch writes a float32 (rows, K) matrix for every operation, more than ten, and keeps two of them,
 targets and log-softmax, for backward.
 Source: the losses of DINO (arXiv 2104.14294, equation 1) and iBOT (arXiv 2111.07832); the sum as in arXiv 1805.02867.
 """

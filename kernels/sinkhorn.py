@@ -25,7 +25,7 @@ from .softmax_center import LOWEST, online_logsumexp, row_logsumexp
 
 # A program is one warp, whose lanes own 8 columns each and meet SPLIT rows, ROWS at a time: nothing is exchanged
 # between lanes. 4,000 x 65,536 logits make 16 x 256 programs, and their partial results are 1/128 of the bytes.
-SPLIT, ROWS, BLOCK_K = 256, 16, 256
+SPLIT, ROWS, BLOCK_K = 256, 8, 256
 
 
 def column_logsumexp_ref(x, r, temp):

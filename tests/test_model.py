@@ -87,7 +87,7 @@ def test_drop_path_is_batch_subset_stochastic_depth():
         kept = max(int(B * 0.6), 1)
         for start in range(offset, offset + B * N, N):
             x = packed[start:start + N]
-            for (rows, scale, kept_shapes), branch in zip(drops, (
+            for (rows, _, scale, kept_shapes), branch in zip(drops, (
                     lambda y: block.ls1(block.attn(block.norm1(y), [(1, N)])), lambda y: block.ls2(block.mlp(block.norm2(y))))):
                 assert (kept, N) in kept_shapes
                 if start in rows:
@@ -104,7 +104,7 @@ def test_drop_path_draws_differ_by_branch_and_rng_only():
     first, again, other = (vit.draw_drop_path([(16, 21)], np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again))
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, other))
-    assert len({tuple(rows.tolist()) for rows, _, _ in first}) == 4
+    assert len({tuple(rows.tolist()) for rows, *_ in first}) == 4
     assert VisionTransformer(**TINY).draw_drop_path([(16, 21)], np.random.default_rng(0)) is None
 
 
