@@ -25,8 +25,9 @@ from tqdm import tqdm
 import phantom
 from data import content_hash, list_images, load_grey, resize_square
 from metrics import balanced_accuracy, bootstrap, group_confusion, interval, macro_f1, resampling_weights
-from model import VisionTransformer, load_backbone
+from model import VisionTransformer
 from runtime import clear_errors, git_commit, setup
+from weights import load_backbone
 
 SCORES = {"balanced accuracy": balanced_accuracy, "macro F1": macro_f1}
 PHANTOM_SEED, PHANTOM_IMAGES = 1_000_000, 1200  # pretraining draws its phantoms from --seed: no image is in both

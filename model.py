@@ -1,4 +1,4 @@
-"""The vision transformer of DINOv2, its projection head, and loading their weights.
+"""The vision transformer of DINOv2, its projection head, and their learning rates.
 
 State-dict keys, constructor keywords and results are those of facebookresearch/dinov2, so official weights load
 strictly and ours load elsewhere. Differences, all invisible from outside: tokens of every crop size go through the
@@ -9,7 +9,6 @@ D head dim, P patches, K prototypes; an image is (B, in_chans, h, w).
 """
 
 import math
-import re
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
-from runtime import load_checkpoint
 
 SIZES = {
     "vit_micro": dict(embed_dim=128, depth=4, num_heads=4),  # the CPU preset's, for trying things
@@ -29,8 +27,6 @@ SIZES = {
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24, ffn_layer="swiglufused"),
 }
-ULTRADINO_MEAN_STD = (0.1842924807, 0.2187705424)  # of FUS13M, what UltraDINO's files were trained with (its code)
-IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 # ---------------------------------------------------------------- transformer
@@ -47,6 +43,64 @@ class PatchEmbed(nn.Module):
         return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, P, C)
 
 
+class Normalize(torch.autograd.Function):
+    """LayerNorm before its weight and bias. All it keeps is its output, which the next linear layer keeps as well."""
+
+    @staticmethod
+    def forward(ctx, x, eps, dtype):
+        y, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        y = y.to(dtype)
+        ctx.save_for_backward(y, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, rstd = ctx.saved_tensors
+        y, grad = y.to(rstd.dtype), grad.to(rstd.dtype)
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward(  # of an input y, whose mean is 0 and rstd 1
+            grad, y, y.shape[-1:], torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False])
+        return grad * rstd, None, None
+
+
+class GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)). It keeps x alone: GELU, the widest matrix of a block, is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad @ weight, x), grad.T @ F.gelu(x), grad.sum(0)
+
+
+def autocast_dtype(x):
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def normalize(x, norm):
+    return Normalize.apply(x, norm.eps, autocast_dtype(x))
+
+
+def folded(linear, dtype, norm=None, scale=None):
+    """Weight and bias of scale(linear(norm(x))) for an x that is normalised already.
+
+    LayerNorm's weight and bias and LayerScale are products with small matrices here, not passes over all tokens, and
+    their gradients need no tokens kept: they come from the gradient of the folded weight.
+    """
+    weight, bias = linear.weight, linear.bias
+    if norm is not None:
+        weight, bias = weight * norm.weight, bias + (weight * norm.bias).sum(1)
+    if scale is not None:
+        weight, bias = weight * scale.gamma[:, None], bias * scale.gamma
+    return weight.to(dtype), bias.to(dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -54,8 +108,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, shapes):
-        return self.proj(self.attend(self.qkv(x), shapes, self.num_heads))  # (T, C)
+    def forward(self, x, shapes, norm, scale):
+        x = normalize(x, norm)  # (T, C)
+        x = F.linear(x, *folded(self.qkv, x.dtype, norm=norm))  # (T, 3C)
+        x = self.attend(x, shapes, self.num_heads)  # (T, C)
+        return F.linear(x, *folded(self.proj, x.dtype, scale=scale))
 
 
 class Mlp(nn.Module):
@@ -64,8 +121,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x, norm, scale):
+        x = normalize(x, norm)
+        x = F.linear(x, *folded(self.fc1, x.dtype, norm=norm))  # (T, hidden)
+        return GeluLinear.apply(x, *folded(self.fc2, x.dtype, scale=scale))  # (T, C)
 
 
 class SwiGLU(nn.Module):
@@ -75,9 +134,10 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * hidden_dim)
         self.w3 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x):
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+    def forward(self, x, norm, scale):
+        x = normalize(x, norm)
+        gate, value = F.linear(x, *folded(self.w12, x.dtype, norm=norm)).chunk(2, dim=-1)  # (T, hidden) each
+        return F.linear(F.silu(gate) * value, *folded(self.w3, x.dtype, scale=scale))
 
 
 FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": SwiGLU}  # DINOv2's names
@@ -87,14 +147,6 @@ class LayerScale(nn.Module):
     def __init__(self, dim, init_values):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
-
-    def forward(self, x):
-        return x * self.gamma  # float32 even where x is bf16: the residual stream must not round 1e-5 away
-
-
-def rows_or_zero(x, inverse):
-    """x[inverse], zeros where inverse is -1: (kept, C), (T,) -> (T, C)."""
-    return torch.where(inverse[:, None] >= 0, x.index_select(0, inverse.clamp(min=0)), 0.0)
 
 
 class KeepRows(torch.autograd.Function):
@@ -108,34 +160,38 @@ class KeepRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return rows_or_zero(grad, *ctx.saved_tensors), None, None
+        inverse, = ctx.saved_tensors
+        return torch.where(inverse[:, None] >= 0, grad.index_select(0, inverse.clamp(min=0)), 0.0), None, None
 
 
 class AddRows(torch.autograd.Function):
-    """x, with residual added to the rows that were kept."""
+    """x + scale * residual where a row was kept, x elsewhere; scale (T, 1) is 0 there."""
 
     @staticmethod
-    def forward(ctx, x, residual, rows, inverse):
-        ctx.save_for_backward(rows)
-        return x + rows_or_zero(residual, inverse)  # (T, C)
+    def forward(ctx, x, residual, rows, inverse, scale):
+        ctx.save_for_backward(rows, scale)
+        ctx.dtype = residual.dtype
+        return torch.addcmul(x, residual.index_select(0, inverse.clamp(min=0)).to(x.dtype), scale)  # (T, C), like x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return grad, grad.index_select(0, *ctx.saved_tensors), None, None
+        rows, scale = ctx.saved_tensors
+        return grad, (grad.index_select(0, rows) * scale.index_select(0, rows)).to(ctx.dtype), None, None, None
 
 
 def add_residual(x, shapes, drop, branch):
     """x + branch(x). With drop = (rows, inverse, scale, kept_shapes) the branch sees a random subset of the images only.
 
     Stochastic depth as DINOv2 does it: each crop size keeps a share of its images, the residual is scaled by
-    images / kept, and the dropped images cost nothing.
+    images / kept, and the dropped images cost nothing. x stays float32 whatever the branch computes in: at a
+    LayerScale of 1e-5 bf16 would lose nearly every addition.
     """
     if drop is None:
         return x + branch(x, shapes)
     rows, inverse, scale, kept_shapes = drop
-    residual = branch(KeepRows.apply(x, rows, inverse), kept_shapes) * scale  # (kept tokens, C)
-    return AddRows.apply(x, residual.to(x.dtype), rows, inverse)
+    residual = branch(KeepRows.apply(x, rows, inverse), kept_shapes)  # (kept tokens, C)
+    return AddRows.apply(x, residual, rows, inverse, scale)
 
 
 class Block(nn.Module):
@@ -143,14 +199,14 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls1 = LayerScale(dim, init_values) if init_values else None
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio))
-        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values) if init_values else None
 
     def forward(self, x, shapes, drops=(None, None)):
-        x = add_residual(x, shapes, drops[0], lambda y, kept: self.ls1(self.attn(self.norm1(y), kept)))
-        return add_residual(x, shapes, drops[1], lambda y, kept: self.ls2(self.mlp(self.norm2(y))))
+        x = add_residual(x, shapes, drops[0], lambda y, kept: self.attn(y, kept, self.norm1, self.ls1))
+        return add_residual(x, shapes, drops[1], lambda y, kept: self.mlp(y, self.norm2, self.ls2))
 
 
 class VisionTransformer(nn.Module):
@@ -265,12 +321,12 @@ class VisionTransformer(nn.Module):
             token = torch.arange(N, device=device)
             rows.append((to_device(first_row + N * chosen, device)[..., None] + token).flatten(1))
             inverse.append((to_device(place, device)[..., None] + token).clamp(min=-1).flatten(1))
-            scale.append(torch.full((kept * N, 1), B / max(kept, 1), device=device))
+            scale.append((inverse[-1] >= 0) * (B / max(kept, 1)))
             kept_shapes.append((kept, N))
             first_row, first_kept = first_row + B * N, first_kept + kept * N
-        rows, inverse, scale = torch.cat(rows, 1), torch.cat(inverse, 1), torch.cat(scale)
-        # (branches, kept tokens), (branches, T), (kept tokens, 1)
-        return [(*indices, scale, kept_shapes) for indices in zip(rows, inverse)]
+        rows, inverse, scale = (torch.cat(x, dim=1) for x in (rows, inverse, scale))
+        # (branches, kept tokens), (branches, T), (branches, T, 1)
+        return [(*drop, kept_shapes) for drop in zip(rows, inverse, scale[..., None])]
 
     def compile_blocks(self):
         """torch.compile each block: fuses what lies between matrix products. Attention stays the kernel it is."""
@@ -388,88 +444,3 @@ def parameter_groups(network, layerwise_decay):
         groups.setdefault(key, []).append(parameter)
     return [dict(params=parameters, lr_multiplier=lr, wd_multiplier=wd, is_last_layer=last)
             for (lr, wd, last), parameters in groups.items()]
-
-
-# ---------------------------------------------------------------- weights
-
-def load_strict(model, state, what):
-    """Load `state` into `model`; only `pos_embed` may have another size and is interpolated. Returns the model.
-
-    Raises ValueError naming every tensor that is missing, left over or of another shape.
-    """
-    own, state = model.state_dict(), dict(state)
-    if "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape:
-        state["pos_embed"] = resize_positions(state["pos_embed"], own["pos_embed"])
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"left over {key}" for key in state if key not in own]
-    problems += [f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
-                 for key in own if key in state and own[key].shape != state[key].shape]
-    if problems:
-        raise ValueError(f"{what} does not fit this model: " + "; ".join(problems))
-    model.load_state_dict(state)
-    return model
-
-
-def resize_positions(positions, like):
-    """pos_embed (1, 1 + a^2, C) -> (1, 1 + b^2, C)."""
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(like.shape[1] - 1)
-    if positions.shape[2] != like.shape[2] or old * old + 1 != positions.shape[1]:
-        return positions  # the caller reports the shapes
-    patches = position_matrix(old, (new, new)).to(positions) @ positions[0, 1:]
-    return torch.cat((positions[:, :1], patches[None]), dim=1)
-
-
-def load_backbone(path):
-    """Read last.pt, a DINOv2 file or an UltraDINO teacher file: (VisionTransformer in eval mode, info).
-
-    info: `config` (the constructor's keywords), `mean`, `std` (of pixels in 0..1, one value per channel if several),
-    `img_size`, `hashes` (uint8 (n, 8) of the images it was trained on, or None), `step` and `args` (or None).
-    """
-    checkpoint = load_checkpoint(path)
-    state = backbone_state(checkpoint, path)
-    config = checkpoint.get("config") or infer_config(state, path)
-    try:
-        model = VisionTransformer(**config)
-    except TypeError as error:
-        raise ValueError(f"{path}: its config is not of this vision transformer ({error})")
-    load_strict(model, state, path).eval()
-    foreign = ULTRADINO_MEAN_STD if config["in_chans"] == 1 else IMAGENET_MEAN_STD
-    return model, {"config": config, "mean": checkpoint.get("mean", foreign[0]), "std": checkpoint.get("std", foreign[1]),
-                   "img_size": config["img_size"], "hashes": checkpoint.get("hashes"),
-                   "step": checkpoint.get("step"), "args": checkpoint.get("args")}
-
-
-def backbone_state(checkpoint, path):
-    """The teacher's backbone tensors, without their prefix, from any layout that we, DINOv2 and UltraDINO write."""
-    if isinstance(checkpoint.get("teacher"), dict):  # {"teacher": {"backbone.*", "dino_head.*"}}
-        state = {key: value for key, value in checkpoint["teacher"].items() if key.startswith("backbone.")}
-    elif isinstance(checkpoint.get("model"), dict):  # {"model": {"teacher.backbone.*", "student.*", ...}}
-        state = {key[len("teacher."):]: value for key, value in checkpoint["model"].items()
-                 if key.startswith("teacher.backbone.")}
-    else:  # DINOv2's released backbones: the tensors themselves
-        state = checkpoint
-    state = {key[len("backbone."):] if key.startswith("backbone.") else key: value for key, value in state.items()}
-    # files saved with block_chunks > 0 say blocks.CHUNK.i; i counts through all chunks
-    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
-    if "cls_token" not in state:
-        raise ValueError(f"{path}: no DINOv2 backbone in this file (looked for teacher.backbone.*, model and cls_token; "
-                         f"it has {', '.join(sorted(map(str, checkpoint))[:5])})")
-    return state
-
-
-def infer_config(state, path):
-    """Constructor keywords from tensor shapes, for files that do not store them. Every DINOv2 size has 64 a head."""
-    try:
-        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-        swiglu = "blocks.0.mlp.w12.weight" in state
-        hub = in_chans == 3 and registers > 0  # DINOv2's files with registers use exact sizes and antialiasing
-        return dict(
-            img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size, patch_size=patch_size,
-            in_chans=in_chans, embed_dim=embed_dim, num_heads=embed_dim // 64, num_register_tokens=registers,
-            depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-            mlp_ratio=4.0 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-            ffn_layer="swiglufused" if swiglu else "mlp", init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
-            interpolate_offset=0.0 if hub else 0.1, interpolate_antialias=hub)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a DINOv2 vision transformer (looked for {error})")

@@ -15,7 +15,8 @@ import torch
 import kernels
 import pretrain
 from kernels import cross_entropy, sinkhorn, softmax_center, update_center
-from model import DINOHead, VisionTransformer, load_strict, parameter_groups
+from model import DINOHead, VisionTransformer, parameter_groups
+from weights import load_strict
 
 GOLDEN = Path(__file__).parent / "golden"
 VIT = dict(img_size=64, patch_size=16, in_chans=1, embed_dim=64, depth=2, num_heads=2, num_register_tokens=4)

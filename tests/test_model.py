@@ -1,12 +1,17 @@
 """The transformer's promises beyond the golden numbers: sizes, keys, drop path, and loading that cannot go half wrong."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import kernels
 import model
 import runtime
-from model import SIZES, DINOHead, VisionTransformer, load_backbone, load_strict
+from model import SIZES, DINOHead, VisionTransformer
+from weights import ULTRADINO_MEAN_STD, load_backbone, load_strict
 
 TINY = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=64, depth=2, num_heads=1, num_register_tokens=4)
 
@@ -32,11 +37,66 @@ def test_giant2_has_dinov2s_swiglu():
 
 
 def test_swiglu_formula():
-    ffn = model.SwiGLU(8, 32)
-    x = torch.randn(5, 8)
-    first, second = (x @ ffn.w12.weight.T + ffn.w12.bias).chunk(2, dim=1)
-    expected = (first * torch.sigmoid(first) * second) @ ffn.w3.weight.T + ffn.w3.bias
-    assert torch.allclose(ffn(x), expected, atol=1e-6)
+    ffn, x = model.SwiGLU(8, 32), torch.randn(5, 8)
+    norm, scale = random_norm(8), model.LayerScale(8, 0.3)
+    first, second = ffn.w12(norm(x)).chunk(2, dim=1)
+    assert torch.allclose(ffn(x, norm, scale), ffn.w3(first * torch.sigmoid(first) * second) * 0.3, atol=1e-6)
+
+
+def random_norm(dim):
+    norm = torch.nn.LayerNorm(dim, eps=1e-6)
+    norm.weight.data.normal_()
+    norm.bias.data.normal_()
+    return norm
+
+
+def block_formula(block, y, shapes):
+    """The two residual branches of a block as one reads them in the paper, without what is folded or computed again."""
+    def attn(y):
+        out = kernels.attention(block.attn.qkv(block.norm1(y)), shapes, block.attn.num_heads)
+        return block.attn.proj(out) * (block.ls1.gamma if block.ls1 else 1)
+    return attn, lambda y: block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(y)))) * (block.ls2.gamma if block.ls2 else 1)
+
+
+@pytest.mark.parametrize("init_values", [0.3, None])
+def test_block_is_the_formula(init_values):
+    """Output and every gradient, in float64: folded norms and LayerScale, GELU computed again."""
+    block = model.Block(32, 2, 4, "mlp", init_values).double()
+    for p in block.parameters():
+        p.data.normal_(std=0.5)
+    x, dout = torch.randn(2 * 9, 32).double().requires_grad_(), torch.randn(18, 32).double()
+    attn, mlp = block_formula(block, x, [(2, 9)])
+    want = x + attn(x)
+    want = want + mlp(want)
+    inputs = (x, *block.parameters())
+    got = block(x, [(2, 9)])
+    assert torch.allclose(got, want, rtol=1e-10)
+    for ours, theirs in zip(torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout)):
+        assert (ours - theirs).norm() <= 1e-10 * theirs.norm().clamp(min=1e-3)
+
+
+def test_block_in_half_precision_is_as_exact_as_autocast():
+    """Under autocast, against float64: no larger error than of the formula, which keeps more and folds nothing."""
+    block = model.Block(64, 2, 4, "mlp", 0.5)
+    for name, p in block.named_parameters():
+        p.data.normal_(std=0.3 if "norm" in name else 0.1)
+        if "norm" in name and name.endswith("weight"):
+            p.data += 1
+    exact = copy.deepcopy(block).double()
+    x, dout = torch.randn(40, 64), torch.randn(40, 64)
+
+    def run(block, x, formula):
+        x = x.clone().requires_grad_()
+        attn, mlp = block_formula(block, x, [(4, 10)])
+        out = x + attn(x) if formula else block(x, [(4, 10)])
+        out = out + mlp(out) if formula else out
+        return torch.autograd.grad(out, (x, *block.parameters()), dout.to(x.dtype))
+
+    want = run(exact, x.double(), True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = run(block, x, False), run(block, x, True)
+    errors = [[((g - w).norm() / w.norm()).item() for g, w in zip(grads, want) if w.norm() > 1e-6] for grads in (ours, theirs)]
+    assert np.mean(errors[0]) < 1.3 * np.mean(errors[1]) and max(errors[0]) < 0.05
 
 
 def test_each_block_runs_exactly_once():
@@ -87,8 +147,7 @@ def test_drop_path_is_batch_subset_stochastic_depth():
         kept = max(int(B * 0.6), 1)
         for start in range(offset, offset + B * N, N):
             x = packed[start:start + N]
-            for (rows, _, scale, kept_shapes), branch in zip(drops, (
-                    lambda y: block.ls1(block.attn(block.norm1(y), [(1, N)])), lambda y: block.ls2(block.mlp(block.norm2(y))))):
+            for (rows, _, _, kept_shapes), branch in zip(drops, block_formula(block, x, [(1, N)])):
                 assert (kept, N) in kept_shapes
                 if start in rows:
                     x = x + B / kept * branch(x)
@@ -139,7 +198,7 @@ def test_layouts_load(tmp_path, layout):
     if layout == "dinov2":  # its files with registers interpolate to exact sizes, antialiased
         assert loaded.interpolate_offset == 0 and loaded.interpolate_antialias and len(info["mean"]) == 3
     else:
-        assert info["mean"] == (0.3 if layout == "ours" else model.ULTRADINO_MEAN_STD[0])
+        assert info["mean"] == (0.3 if layout == "ours" else ULTRADINO_MEAN_STD[0])
     assert info["img_size"] == 32 and same_features(loaded, vit, config["in_chans"])
     assert (info["hashes"] is not None) == (layout == "ours")
 
