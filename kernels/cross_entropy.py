@@ -64,14 +64,14 @@ def cross_entropy_kernel(student_ptr, student_stride, grad_ptr, teacher_ptr, tea
         high, total = online_logsumexp(high, total, s * inv_student_temp * LOG2E, 1)
     lse = high + tl.log2(total)  # [ROWS], in base 2
 
-    j0 = tl.load(rows_of_ptr + 2 * (i % S), mask=here, other=0) + i // S * M
-    r0 = tl.load(r_ptr + j0, mask=here, other=0.0)
+    j0 = tl.load(rows_of_ptr + 2 * (i % S)) + i // S * M  # [ROWS]
+    r0 = tl.load(r_ptr + j0, mask=here)
     if TWO:
-        second = tl.load(rows_of_ptr + 2 * (i % S) + 1, mask=here, other=-1)
-        has_second = second >= 0
+        second = tl.load(rows_of_ptr + 2 * (i % S) + 1)
+        has_second = here & (second >= 0)
         j1 = second + i // S * M
         r1 = tl.load(r_ptr + j1, mask=has_second, other=0.0)
-    weight = tl.load(weight_ptr + i, mask=here, other=0.0)
+    weight = tl.load(weight_ptr + i, mask=here)
     loss = tl.zeros([ROWS], tl.float32)
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
@@ -83,7 +83,7 @@ def cross_entropy_kernel(student_ptr, student_stride, grad_ptr, teacher_ptr, tea
         q_scale = 1.0
         if TWO:
             x = tl.load(teacher_ptr + j1[:, None] * teacher_stride + cols[None, :],
-                        mask=mask & has_second[:, None], other=float("-inf"))
+                        mask=has_second[:, None] & (cols[None, :] < K), other=float("-inf"))
             p += tl.exp2((x.to(tl.float32) * inv_teacher_temp - a - r1[:, None]) * LOG2E)
             q_scale = tl.where(has_second, 2.0, 1.0)[:, None]
         s = tl.load(student_ptr + cols[None, :], mask=mask, other=0.0).to(tl.float32)
