@@ -255,6 +255,7 @@ BLUR_SIGMA, SOLARIZE_PROBABILITY = (0.1, 2.0), 0.2
 # The intended blur probabilities of global crop 1, global crop 2 and local crops. DINOv2 passes 1 - p to RandomApply,
 # whose argument is the probability of applying, so its published models (and UltraDINO's) saw 0, 0.9 and 0.5.
 BLUR_PROBABILITY = (1.0, 0.1, 0.5)
+CROP_SLICE = 32  # images whose crops are made at once: what lies between the steps fits the cache of a large GPU
 
 
 def draw_crops(rng, sizes, canvas, n, scale, blur_probability, solarize_probability):
@@ -405,13 +406,15 @@ def band_matrix(weights, columns, width):
     return matrix.scatter_add_(2, columns.expand_as(weights), weights)
 
 
-def resize_weights(start, length, out_size, in_size):
+def resize_weights(start, length, out_size, in_size, flip=None):
     """Weights (n, out, in) of antialiased bicubic resizing of [start, start + length) of an axis to `out` pixels.
 
-    start, length (n,) in pixels, fractions allowed. Pillow's rule (a = -0.5, support 2 output pixels when shrinking);
+    start, length (n,) in pixels, fractions allowed; where flip (n,) is not 0 the output runs backwards. Pillow's rule (a = -0.5, support 2 output pixels when shrinking);
     pixels whose centre is outside the box get no weight and the rest is renormalised, as after a crop.
     """
     outputs = torch.arange(out_size, device=start.device) + 0.5  # (out,)
+    if flip is not None:
+        outputs = torch.where(flip[:, None] > 0, out_size - outputs, outputs)  # (n, out)
     step = (length / out_size)[:, None]  # (n, 1) input pixels per output pixel
     centre = start[:, None] + outputs * step  # (n, out)
     taps = torch.arange(math.ceil(4 * max(1, in_size / out_size)) + 1, device=start.device)  # as many as step can reach
@@ -447,14 +450,22 @@ def make_crops(canvases, draws, size, mean, std):
 
     `draws` is draw_crops' dict as tensors on the canvases' device; grey levels are floats in 0..255 throughout.
     """
+    slices = [slice(first, first + CROP_SLICE) for first in range(0, len(canvases), CROP_SLICE)]
+    crops = [_crop_slice(canvases[some], {key: value[some] for key, value in draws.items()}, size) for some in slices]
+    crops = (torch.cat(crops) / 255 - mean) / std  # (B, n, 1, size, size)
+    return crops.transpose(0, 1).flatten(0, 1)
+
+
+def _crop_slice(canvases, draws, size):
     B, n = draws["flip"].shape
     S = canvases.shape[-1]
     left, top, width, height = draws["box"].flatten(0, 1).unbind(-1)  # each (B * n,)
     flip, brightness, contrast, first, sigma, solarize = (
         draws[key].flatten()[:, None, None]
         for key in ("flip", "brightness", "contrast", "contrast_first", "sigma", "solarize"))  # each (B * n, 1, 1)
-    rows, columns = resize_weights(top, height, size, S), resize_weights(left, width, size, S)  # (B * n, size, S)
-    rows = torch.where(flip > 0, rows.flip(1), rows)  # vertical flip: UltraDINO's, it has no horizontal one
+    # the flip is vertical: UltraDINO's, it has no horizontal one
+    rows = resize_weights(top, height, size, S, flip[:, 0, 0])  # (B * n, size, S)
+    columns = resize_weights(left, width, size, S)
     x = rows.view(B, n * size, S) @ canvases.float()  # (B, n * size, S): one product serves all crops of an image
     x = x.view(B * n, size, S) @ columns.transpose(1, 2)  # (B * n, size, size)
     x = x.clamp(0, 255)
@@ -464,8 +475,7 @@ def make_crops(canvases, draws, size, mean, std):
     blur = blur_weights(sigma[:, 0, 0], size)
     x = blur @ x @ blur.transpose(1, 2)
     x = torch.where((solarize > 0) & (x >= 128), 255 - x, x)
-    x = (x / 255 - mean) / std
-    return x.view(B, n, 1, size, size).transpose(0, 1).flatten(0, 1)  # (n * B, 1, size, size)
+    return x.view(B, n, 1, size, size)
 
 
 def to_device(batch, device, args, mean, std):

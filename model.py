@@ -102,17 +102,13 @@ def folded(linear, dtype, norm=None, scale=None):
 
 
 class Attention(nn.Module):
+    """The weights of attention; Block.forward uses them."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads, self.attend = num_heads, attention
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x, shapes, norm, scale):
-        x = normalize(x, norm)  # (T, C)
-        x = F.linear(x, *folded(self.qkv, x.dtype, norm=norm))  # (T, 3C)
-        x = self.attend(x, shapes, self.num_heads)  # (T, C)
-        return F.linear(x, *folded(self.proj, x.dtype, scale=scale))
 
 
 class Mlp(nn.Module):
@@ -122,7 +118,6 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x, norm, scale):
-        x = normalize(x, norm)
         x = F.linear(x, *folded(self.fc1, x.dtype, norm=norm))  # (T, hidden)
         return GeluLinear.apply(x, *folded(self.fc2, x.dtype, scale=scale))  # (T, C)
 
@@ -135,7 +130,6 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x, norm, scale):
-        x = normalize(x, norm)
         gate, value = F.linear(x, *folded(self.w12, x.dtype, norm=norm)).chunk(2, dim=-1)  # (T, hidden) each
         return F.linear(F.silu(gate) * value, *folded(self.w3, x.dtype, scale=scale))
 
@@ -180,18 +174,18 @@ class AddRows(torch.autograd.Function):
         return grad, (grad.index_select(0, rows) * scale.index_select(0, rows)).to(ctx.dtype), None, None, None
 
 
-def add_residual(x, shapes, drop, branch):
-    """x + branch(x). With drop = (rows, inverse, scale, kept_shapes) the branch sees a random subset of the images only.
+def keep_images(x, shapes, drop):
+    """The tokens (kept, C) that a residual branch works on, and their shapes: all, or those of a random subset of images.
 
     Stochastic depth as DINOv2 does it: each crop size keeps a share of its images, the residual is scaled by
-    images / kept, and the dropped images cost nothing. x stays float32 whatever the branch computes in: at a
-    LayerScale of 1e-5 bf16 would lose nearly every addition.
+    images / kept, and the dropped images cost nothing. drop = (rows, inverse, scale, kept_shapes), or None.
     """
-    if drop is None:
-        return x + branch(x, shapes)
-    rows, inverse, scale, kept_shapes = drop
-    residual = branch(KeepRows.apply(x, rows, inverse), kept_shapes)  # (kept tokens, C)
-    return AddRows.apply(x, residual, rows, inverse, scale)
+    return (x, shapes) if drop is None else (KeepRows.apply(x, *drop[:2]), drop[3])
+
+
+def add_residual(x, residual, drop):
+    """x + residual. x stays float32 whatever the branch computed in: at a LayerScale of 1e-5 bf16 would lose it all."""
+    return x + residual if drop is None else AddRows.apply(x, residual, *drop[:3])
 
 
 class Block(nn.Module):
@@ -203,10 +197,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio))
         self.ls2 = LayerScale(dim, init_values) if init_values else None
+        self.attend = attention
 
     def forward(self, x, shapes, drops=(None, None)):
-        x = add_residual(x, shapes, drops[0], lambda y, kept: self.attn(y, kept, self.norm1, self.ls1))
-        return add_residual(x, shapes, drops[1], lambda y, kept: self.mlp(y, self.norm2, self.ls2))
+        y, kept_shapes = keep_images(x, shapes, drops[0])  # (kept tokens, C)
+        y = normalize(y, self.norm1)
+        y = F.linear(y, *folded(self.attn.qkv, y.dtype, norm=self.norm1))  # (kept tokens, 3C)
+        y = self.attend(y, kept_shapes, self.attn.num_heads)
+        x = add_residual(x, F.linear(y, *folded(self.attn.proj, y.dtype, scale=self.ls1)), drops[0])  # (T, C)
+        y, _ = keep_images(x, shapes, drops[1])
+        return add_residual(x, self.mlp(normalize(y, self.norm2), self.norm2, self.ls2), drops[1])
 
 
 class VisionTransformer(nn.Module):
@@ -328,11 +328,11 @@ class VisionTransformer(nn.Module):
         # (branches, kept tokens), (branches, T), (branches, T, 1)
         return [(*drop, kept_shapes) for drop in zip(rows, inverse, scale[..., None])]
 
-    def compile_blocks(self):
-        """torch.compile each block: fuses what lies between matrix products. Attention stays the kernel it is."""
+    def compile_blocks(self, **how):
+        """torch.compile each block: two graphs, which fuse what lies between matrix products, around attention."""
         for block in self.blocks:
-            block.attn.attend = torch.compiler.disable(attention)
-            block.compile(dynamic=False)
+            block.attend = torch.compiler.disable(attention)  # it stays the kernel it is
+            block.compile(dynamic=False, **how)
 
     def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
         """Patch tokens after the last n blocks (or after the blocks named in the list n), registers left out.

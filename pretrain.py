@@ -208,6 +208,13 @@ def koleo_loss(x, groups):
         return -torch.where(counts, torch.log(distance + KOLEO_EPS), 0.0).sum() / counts.sum().clamp(min=1)
 
 
+def prototypes_of(network):
+    """Prototypes (K, bottleneck) of class and of patch rows: the same tensor where they share a head."""
+    first, second = network.dino_head, network.patch_head()
+    prototypes = first.last_layer.weight()
+    return prototypes, prototypes if second is first else second.last_layer.weight()
+
+
 @torch.no_grad()
 def teacher_targets(teacher, micros, centers, temp, centering, dtype=torch.float32):
     """The teacher's view of a step's micro-batches, before any student sees them: (targets, new centers (2, K)).
@@ -224,19 +231,19 @@ def teacher_targets(teacher, micros, centers, temp, centering, dtype=torch.float
         patch_rows.append(teacher.patch_head().bottleneck(patches[:, None]))  # (M, 1, bottleneck)
         valid.append(micro["mask_weight"] > 0)
     valid = [torch.ones_like(centers[0, :1], dtype=torch.bool).expand(sum(map(len, class_rows)) * 2), torch.cat(valid)]
-    targets, new_centers = [], centers.clone()
-    for i, (head, rows) in enumerate(((teacher.dino_head, class_rows), (teacher.patch_head(), patch_rows))):
-        prototypes, features = head.last_layer.weight(), torch.cat([x.flatten(0, 1) for x in rows])
-        chunks = LogitChunks(features, prototypes, dtype)
+    targets, new_centers, prototypes = [], centers.clone(), prototypes_of(teacher)
+    for i, (weight, rows) in enumerate(zip(prototypes, (class_rows, patch_rows))):
+        features = torch.cat([x.flatten(0, 1) for x in rows])
         if centering == "centering":
-            a, r = softmax_center(chunks, centers[i], temp)
+            a, r = softmax_center(LogitChunks(features, weight, dtype, passes=1), centers[i], temp)
             r = torch.where(valid[i], r, math.inf)
-            total = prototypes @ (features * valid[i][:, None]).sum(0)  # sum of logits = prototypes(sum of features)
+            with torch.autocast(centers.device.type, enabled=False):  # sum of logits = prototypes(sum of features)
+                total = weight @ (features * valid[i][:, None]).sum(0)
             new_centers[i] = update_center(centers[i], total, valid[i].sum())
         else:
-            a, r = sinkhorn(chunks, temp, valid=valid[i])
+            a, r = sinkhorn(LogitChunks(features, weight, dtype), temp, valid=valid[i])
         r = r.split([x.shape[0] * x.shape[1] for x in rows])
-        targets.append([(x, prototypes, a, part.view(x.shape[:2])) for x, part in zip(rows, r)])
+        targets.append([(x, weight, a, part.view(x.shape[:2])) for x, part in zip(rows, r)])
     return targets, new_centers
 
 
@@ -251,17 +258,16 @@ def student_losses(student, micro, class_target, patch_target, temp, batch, drop
     global_cls = tokens["x_norm_clstoken"]  # (2b, C)
     cls = torch.cat((global_cls, local_tokens["x_norm_clstoken"])).unflatten(0, (2 + L, b))  # (2 + L, b, C)
     patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)
-    heads = student.dino_head, student.patch_head()
-    prototypes = [head.last_layer.weight() for head in dict.fromkeys(heads)]  # (K, bottleneck), of one head or of two
+    prototypes = prototypes_of(student)
 
     # a global crop learns from the teacher's other crop, a local one from both
     k = torch.arange(2 + L, device=cls.device)
     rows_of = torch.stack(((k == 0).long(), 2 * (k >= 2) - 1), dim=1)  # (2 + L, 2): 1 -1, 0 -1, 0 1, 0 1, ...
     weight = cls.new_full((b, 2 + L), 1 / (batch * (2 * L + 2)), dtype=class_target[3].dtype)
-    dino, losses = prototype_loss(heads[0].bottleneck(cls).transpose(0, 1), prototypes[0], *class_target, rows_of,
+    dino, losses = prototype_loss(student.dino_head.bottleneck(cls).transpose(0, 1), prototypes[0], *class_target, rows_of,
                                   weight, STUDENT_TEMP, temp, dtype)
     weight = micro["mask_weight"][:, None] / (2 * batch)  # (M, 1)
-    ibot, _ = prototype_loss(heads[1].bottleneck(patches[:, None]), prototypes[-1], *patch_target,
+    ibot, _ = prototype_loss(student.patch_head().bottleneck(patches[:, None]), prototypes[1], *patch_target,
                              -k[None, :2], weight, STUDENT_TEMP, temp, dtype)  # rows_of [[0, -1]]: each from its own
     koleo = koleo_loss(global_cls[:b], micro["groups"]) + koleo_loss(global_cls[b:], micro["groups"])
     return torch.stack((dino, ibot, koleo)), losses[:, 2:].sum()
@@ -277,9 +283,8 @@ def target_health(target, temp):
     features, prototypes, a, r = target
     features, r = features[:HEALTH_ROWS, 0], r[:HEALTH_ROWS, :1]  # one crop of each image
     p = torch.exp((features @ prototypes.T).to(a.dtype) / temp - a - r)  # (rows, K)
-    mean = p.mean(0)
     entropy = torch.special.entr(p).sum(1).mean()
-    return torch.stack((entropy, torch.special.entr(mean).sum() - entropy))
+    return torch.stack((entropy, torch.special.entr(p.mean(0)).sum() - entropy))
 
 
 # ---------------------------------------------------------------- one step
@@ -291,18 +296,18 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     Returns stats (10,): the four weighted terms, entropy and information of targets, gradient norms of backbone and
     heads, 1 if everything was finite, and how many ranks want to stop. If not finite, nothing was changed.
     """
-    dtype = getattr(torch, args.dtype)
+    dtype, temp, terms = getattr(torch, args.dtype), values["teacher_temp"], []
+    cast = torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32)
     weights = args.dino_loss_weight, args.ibot_loss_weight, args.koleo_loss_weight * args.batch_size_per_gpu / batch
-    with torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32):
-        temp, terms = values["teacher_temp"], []
+    with cast:
         targets, new_centers = teacher_targets(teacher, micros, centers, temp, args.centering, dtype)
-        for micro, *target, drop in zip(micros, *targets, drops):
+    for micro, *target, drop in zip(micros, *targets, drops):
+        with cast:
             losses, local = student_losses(student, micro, *target, temp, batch, drop, dtype)
-            dino, ibot, koleo = (weight * loss for weight, loss in zip(weights, losses))
-            (dino + ibot + koleo).backward()
-            terms.append(torch.stack((weights[0] * local, dino - weights[0] * local, ibot, koleo)).detach())
-        health = target_health(targets[0][0], temp)
-    terms = torch.stack(terms).sum(0)  # (4,)
+        dino, ibot, koleo = (weight * loss for weight, loss in zip(weights, losses))
+        (dino + ibot + koleo).backward()  # outside autocast: what was kept in float32 stays there
+        terms.append(torch.stack((weights[0] * local, dino - weights[0] * local, ibot, koleo)).detach())
+    health, terms = target_health(targets[0][0], temp), torch.stack(terms).sum(0)  # (2,), (4,)
 
     student_buffers, teacher_buffers = buffers
     stats = all_reduce(torch.cat((terms, health * len(micros) * args.batch_size_per_gpu / batch,
@@ -354,8 +359,7 @@ def draw_drops(backbone, micros, seed, step, rank):
 
 def open_data(args):
     """The pack to train on, made first, once, if --data is a folder or a list or absent."""
-    name = os.path.basename(os.path.abspath(args.data)) if args.data else "phantoms"
-    folder = os.path.join(args.output_dir, f"{name}.pack")
+    folder = os.path.join(args.output_dir, os.path.basename(os.path.abspath(args.data or "phantoms")) + ".pack")
     if not args.data:
         return pack.open_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED, runtime.is_first_on_machine())
     return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), exclude=args.exclude, holdout=args.holdout,
@@ -388,9 +392,8 @@ def read_stats(pending, batches, data):
 
 def show_start(args, network, data, steps, batch, schedule, device, world_size):
     runtime.show_run(args, device, world_size)
-    parameters = sum(p.numel() for p in network.backbone.parameters())
     print(f"preset {args.preset} | {args.dtype} | {kernels.mode(device)}")
-    print(f"{args.arch}: {parameters:,} parameters in the backbone | {len(data):,} images, {data.info['groups']:,} "
+    print(f"{args.arch}: {sum(p.numel() for p in network.backbone.parameters()):,} parameters in the backbone | {len(data):,} images, {data.info['groups']:,} "
           f"groups by {data.info['grouped_by']} | mean {data.mean:.4f} std {data.std:.4f}")
     print(f"{steps:,} steps of {batch} images = {steps * batch:,} ({steps * batch / len(data):.1f} epochs) | "
           f"lr {schedule['lr'].max():.3g} | log K = {math.log(args.head_n_prototypes):.3f}: a dino loss that stays "

@@ -15,8 +15,8 @@ out   loss (items * S,) float32 (the reference keeps float64) and the gradient t
       float16 it is bfloat16: logits of unit vectors need float16's digits, gradients bfloat16's range. The weight is
       in it before it is rounded.
 
-Bytes, for R rows of b bytes with one teacher row each: 3RKb where the second read of s is answered by the L2 cache (a
-program has 256 KB of it at K = 65,536 in float16, and few large programs run at a time), else 4RKb. Plain torch writes a float32 (rows, K) matrix for every operation, more than ten, and keeps two of them,
+Bytes, for R rows of b bytes with one teacher row each: 4RKb, of which the L2 cache may answer one, the second read of
+s (a program has 256 KB of it at K = 65,536 in float16, and few large programs run at a time). Plain torch writes a float32 (rows, K) matrix for every operation, more than ten, and keeps two of them,
 targets and log-softmax, for backward.
 Source: the losses of DINO (arXiv 2104.14294, equation 1) and iBOT (arXiv 2111.07832); the sum as in arXiv 1805.02867.
 """
@@ -60,7 +60,8 @@ def cross_entropy_kernel(student_ptr, student_stride, grad_ptr, teacher_ptr, tea
     for start in range(0, K, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         mask = here[:, None] & (cols[None, :] < K)
-        s = tl.load(student_ptr + cols[None, :], mask=mask, other=float("-inf")).to(tl.float32)  # [ROWS, BLOCK_K]
+        s = tl.load(student_ptr + cols[None, :], mask=mask, other=float("-inf"),
+                    eviction_policy="evict_last").to(tl.float32)  # [ROWS, BLOCK_K], soon read again
         high, total = online_logsumexp(high, total, s * inv_student_temp * LOG2E, 1)
     lse = high + tl.log2(total)  # [ROWS], in base 2
 
@@ -78,7 +79,8 @@ def cross_entropy_kernel(student_ptr, student_stride, grad_ptr, teacher_ptr, tea
         mask = here[:, None] & (cols[None, :] < K)
         a = tl.load(a_ptr + cols, mask=cols < K, other=0.0)[None, :]
         # An absent logit of the teacher is -inf, so that its p is 0.
-        x = tl.load(teacher_ptr + j0[:, None] * teacher_stride + cols[None, :], mask=mask, other=float("-inf"))
+        x = tl.load(teacher_ptr + j0[:, None] * teacher_stride + cols[None, :], mask=mask, other=float("-inf"),
+                    eviction_policy="evict_first")
         p = tl.exp2((x.to(tl.float32) * inv_teacher_temp - a - r0[:, None]) * LOG2E)            # [ROWS, BLOCK_K]
         q_scale = 1.0
         if TWO:
@@ -90,7 +92,8 @@ def cross_entropy_kernel(student_ptr, student_stride, grad_ptr, teacher_ptr, tea
         log_q = s * inv_student_temp * LOG2E - lse[:, None]                                     # in base 2
         loss -= tl.sum(p * log_q, 1)
         gradient = (weight * inv_student_temp)[:, None] * (q_scale * tl.exp2(log_q) - p)
-        tl.store(grad_ptr + cols[None, :], gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_ptr + cols[None, :], gradient.to(grad_ptr.dtype.element_ty), mask=mask,
+                 eviction_policy="evict_first")
     tl.store(loss_ptr + i, weight * loss * LN2, mask=here)
 
 

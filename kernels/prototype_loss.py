@@ -14,7 +14,8 @@ Backward multiplies df and dW by the gradient of the loss. So weight must hold a
 
 Bytes kept, for 10,000 rows of K = 65,536: two chunks (268 MB each in half precision), df and dW. Plain torch keeps
 logits, log-softmax and targets of all rows: 1.3 GB + 2.6 GB + 2.6 GB, and more while it computes.
-The price is nothing: forward and backward hold three products of the student's logits, one of the teacher's, as ever.
+The price: the teacher's logits are computed once more here than for their targets alone. Under bfloat16 a chunk's part
+of dW is rounded to bfloat16, as autocast rounds the whole; the parts are added in float32.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,24 +27,24 @@ KEPT_BYTES = 2 ** 30  # teacher logits up to this size are kept between the pass
 
 
 def precision(x, dtype):
-    """dtypes of logits and of their gradients. Logits lie in -1..1 and near ties decide the top prototype: float16 has
-    three more bits there than bfloat16, whose range small gradients need."""
+    """dtypes of logits and of their gradients. Logits of unit vectors lie in -1..1, times weight_g, which starts at 1; near
+    ties decide the top prototype: float16 has three more bits there than bfloat16, whose range small gradients need."""
     return (torch.float16, dtype) if dtype == torch.bfloat16 else 2 * (torch.promote_types(x.dtype, dtype),)
 
 
 class LogitChunks:
     """The rows of features @ prototypes.T in order, some at a time, as often as one iterates over it.
 
-    features (rows, d), prototypes (K, d) -> matrices (n, K). They are kept where all fit KEPT_BYTES; else each pass
-    computes them again into one buffer of CHUNK rows, so that a chunk is gone when the next one comes.
+    features (rows, d), prototypes (K, d) -> matrices (n, K). They are kept where all fit KEPT_BYTES and there are
+    several passes; else each pass computes them into one buffer of CHUNK rows: a chunk is gone when the next one comes.
     """
 
-    def __init__(self, features, prototypes, dtype):
+    def __init__(self, features, prototypes, dtype, passes=2):
         dtype, _ = precision(features, dtype)
         self.features, self.prototypes, self.kept = features.detach().to(dtype), prototypes.detach().to(dtype), None
         rows, K = len(features), len(prototypes)
-        kept = rows * K * self.features.element_size() <= KEPT_BYTES
-        self.buffer = self.features.new_empty(rows if kept else CHUNK, K)
+        kept = passes > 1 and rows * K * self.features.element_size() <= KEPT_BYTES
+        self.buffer = self.features.new_empty(rows if kept else min(rows, CHUNK), K)
         if kept:
             self.kept = self.product(self.features)
 

@@ -76,8 +76,9 @@ def with_row_sums(chunks, a, temp, valid):
     """Each chunk of logits and its r (rows,): 0 before there is an a, +inf at padding."""
     first = 0
     for x in chunks:
-        r = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-        if a is not None:
+        if a is None:
+            r = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        else:
             r = row_logsumexp(x, a, temp)
         if valid is not None:
             r = r.masked_fill(~valid[first:first + len(x)], float("inf"))

@@ -139,11 +139,11 @@ def training_steps():
         sys.exit("kernels.common.INTERPRET no longer sends CPU tensors to the kernels: nothing would be recorded")
     for dtype in ("bfloat16", "float32"):
         for head_dim, centering in ((32, "sinkhorn_knopp"), (64, "centering"), (128, "sinkhorn_knopp")):
-            # What a kernel is specialised on is as in UltraDINO's recipe: its K, token counts (21 and 9 for 201 and
+            # What a kernel is specialised on is as in UltraDINO's recipe: its K, token counts (86 and 9 for 201 and
             # 41) that 16 does not divide, image counts that it does, before drop path (32) and after (16).
             args = pretrain.get_args([
                 "--preset", "ultradino", "--dtype", dtype, "--centering", centering, "--batch_size_per_gpu", "16",
-                "--drop_path_rate", "0.5", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_size",
+                "--drop_path_rate", "0.5", "--patch_size", "8", "--global_crops_size", "72", "--local_crops_size",
                 "16", "--local_crops_number", "2", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8"])
             config = dict(pretrain.backbone_config(args), depth=1, num_heads=2, embed_dim=2 * head_dim)
             student = pretrain.Network(config, args)
@@ -155,10 +155,10 @@ def training_steps():
             values = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
             pretrain.train_step(student, teacher, optimizer, buffers, torch.zeros(2, args.head_n_prototypes), micros,
                                 values, args, args.batch_size_per_gpu, drops)
-            if "rope" in inspect.signature(kernels.attention).parameters:  # rotary positions: training has none
-                qkv = torch.zeros(16 * 21, 6 * head_dim, dtype=getattr(torch, dtype), requires_grad=True)
-                rope = torch.zeros(21, head_dim // 2), torch.zeros(21, head_dim // 2)
-                kernels.attention(qkv, [(16, 21)], 2, rope=[rope]).sum().backward()
+            shapes = [(16, 86), (16, 9)]  # with rotary positions, which this training has not
+            qkv = torch.zeros(16 * (86 + 9), 6 * head_dim, dtype=getattr(torch, dtype), requires_grad=True)
+            rope = [(torch.zeros(N, head_dim // 2), torch.zeros(N, head_dim // 2)) for _, N in shapes]
+            kernels.attention(qkv, shapes, 2, rope).sum().backward()
 
 
 # ---------------------------------------------------------------- what comes out

@@ -120,3 +120,13 @@ def check_cross_entropy(student, inputs, tolerance):
     assert gradient.dtype == (torch.bfloat16 if student.dtype == torch.float16 else student.dtype)
     close("loss", loss, want, 2e-5)
     close("gradient", gradient, want_gradient, tolerance)
+
+
+def rope_table(h, w, prefix, D, base=100.0):
+    """DINOv3's (cos, sin), float32 (prefix + h * w, D/2): row angles, then column angles; the prefix does not turn."""
+    periods = base ** (2 * torch.arange(D // 4).double() / (D // 2))                          # (D/4,)
+    row, column = [(torch.arange(n) + 0.5) / n * 2 - 1 for n in (h, w)]                       # -1 .. 1
+    places = torch.stack(torch.meshgrid(row, column, indexing="ij"), -1).view(h * w, 2, 1)
+    angles = (2 * torch.pi * places / periods).flatten(1)                                     # (h * w, D/2)
+    angles = torch.cat([torch.zeros(prefix, D // 2), angles])
+    return angles.cos().float(), angles.sin().float()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernel_tools import (FLOATS, HALF, TOLERANCE, close, edge, far_rows, needs_kernels,  # noqa: F401
-                          outputs_at_the_edge, with_grad)
+                          outputs_at_the_edge, rope_table, with_grad)
 from kernels import attention
 
 attention_ref = importlib.import_module("kernels.attention").attention_ref
@@ -19,11 +19,11 @@ attention_ref = importlib.import_module("kernels.attention").attention_ref
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def check_attention(qkv, shapes, H, tolerance):
+def check_attention(qkv, shapes, H, tolerance, rope=None):
     dout = edge(torch.randn(len(qkv), qkv.shape[1] // 3, device=qkv.device).to(qkv.dtype))
-    out, dqkv = with_grad(lambda x: attention(x, shapes, H), qkv, dout)
+    out, dqkv = with_grad(lambda x: attention(x, shapes, H, rope), qkv, dout)
     assert out.dtype == dqkv.dtype == qkv.dtype
-    want, want_grad = with_grad(lambda x: attention_ref(x, shapes, H), qkv.double(), dout.double())
+    want, want_grad = with_grad(lambda x: attention_ref(x, shapes, H, rope), qkv.double(), dout.double())
     close("out", out, want, tolerance)
     C = qkv.shape[1] // 3
     for i, name in enumerate(("dq", "dk", "dv")):
@@ -50,6 +50,35 @@ def test_attention(shapes, H, D, dtype, device):
 def test_attention_many_tokens(shapes, H, D, dtype, device):
     T = sum(B * N for B, N in shapes)
     check_attention(edge(torch.randn(T, 3 * H * D, device=device).to(dtype)), shapes, H, TOLERANCE[dtype])
+
+
+def tables(N, D, device):
+    """(cos, sin) of random angles, the first token unturned."""
+    angles = 10 * torch.rand(N, D // 2, device=device)
+    angles[0] = 0
+    return edge(angles.cos()), edge(angles.sin())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shapes, with_rope, H, D", [
+    ([(2, 41), (0, 201), (1, 9), (1, 37)], [True, True, False, True], 2, 32),
+    ([(1, 5), (1, 67)], [False, True], 1, 64),
+    ([(1, 41)], [True], 1, 128),
+], ids=lambda x: str(x).replace(" ", ""))
+def test_attention_rope(shapes, with_rope, H, D, dtype, device):
+    rope = [tables(N, D, device) if turns else None for (_, N), turns in zip(shapes, with_rope)]
+    qkv = edge(torch.randn(sum(B * N for B, N in shapes), 3 * H * D, device=device).to(dtype))
+    check_attention(qkv, shapes, H, TOLERANCE[dtype], rope)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_rope_many_tokens(D, dtype, device):
+    rope = [tuple(edge(x.to(device)) for x in rope_table(14, 14, 5, D)), None]
+    check_attention(edge(torch.randn(201 + 41, 3 * D, device=device).to(dtype)), [(1, 201), (1, 41)], 1,
+                    TOLERANCE[dtype], rope)
 
 
 @needs_kernels
@@ -112,6 +141,11 @@ def test_attention_refuses(device):
     for shapes, H in (([(1, 40)], 1), ([(1, 41)], 5)):
         with pytest.raises(ValueError, match="one row per token"):
             attention(x, shapes, H)
+    cos = torch.ones(41, 24, device=device)
+    wrong = cos[1:], cos[:, 1:], cos.double(), cos.T.contiguous().T, cos.to("meta")
+    for rope in ([], [None, None], *[[(cos, x)] for x in wrong], *[[(x, cos)] for x in wrong]):
+        with pytest.raises(ValueError, match=r"float32 tensors \(N, 24\)"):
+            attention(x, [(1, 41)], 1, rope)
 
 
 @pytest.mark.parametrize("shapes, H, D", [([(2, 5), (0, 9), (3, 1)], 2, 6), ([(1, 201)], 3, 32)], ids=str)
@@ -130,6 +164,18 @@ def test_attention_reference_is_sdpa(shapes, H, D):
         close(label, got, want, 1e-12)
 
 
+def test_attention_reference_rope_is_a_complex_product():
+    B, N, H, D = 2, 7, 3, 8
+    qkv, angles = torch.randn(B * N, 3 * H * D).double(), torch.randn(N, D // 2).double()
+    got = attention_ref(qkv, [(B, N)], H, [(angles.cos(), angles.sin())])
+    q, k, v = qkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
+    q, k = (torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles) for x in (q, k))
+    p = ((q @ k.mH).real / D ** 0.5).softmax(-1)  # Re(q conj(k)) is the product of the pairs
+    close("out", got, (p @ v).transpose(1, 2).reshape(B * N, H * D), 1e-12)
+    further = angles + torch.randn(D // 2).double()  # only differences of places count
+    close("moved", attention_ref(qkv, [(B, N)], H, [(further.cos(), further.sin())]), got, 1e-12)
+
+
 def test_attention_reference_ignores_autocast():
     kernels.use_reference(True)
     qkv = torch.randn(9, 3 * 32)
@@ -140,12 +186,15 @@ def test_attention_reference_ignores_autocast():
 
 def test_attention_reference_passes_gradcheck():
     qkv = torch.randn(4, 3 * 2 * 2).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: attention_ref(x, [(1, 3), (1, 1)], 2), qkv)
+    angles = torch.randn(3, 1).double()
+    for rope in (None, [(angles.cos(), angles.sin()), None]):
+        assert torch.autograd.gradcheck(lambda x: attention_ref(x, [(1, 3), (1, 1)], 2, rope), qkv)
 
 
 @needs_kernels
 def test_attention_twice_agrees_bit_by_bit(device):
     qkv = torch.randn(2 * 41 + 37, 3 * 64, device=device)
-    first, second = (with_grad(lambda x: attention(x, [(2, 41), (1, 37)], 2), qkv, torch.ones(119, 64, device=device))
-                     for _ in range(2))
+    rope = [None, tables(37, 32, device)]
+    first, second = (with_grad(lambda x: attention(x, [(2, 41), (1, 37)], 2, rope), qkv,
+                               torch.ones(119, 64, device=device)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second))

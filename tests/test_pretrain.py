@@ -243,3 +243,25 @@ def test_frozen_last_layer_and_ema():
     for name, p in student.named_parameters():
         assert torch.equal(p, start[name]) == ("last_layer" in name), name
         assert torch.allclose(teacher_weights[name], 0.9 * start[name] + 0.1 * p, rtol=0, atol=1e-9), name  # float32 (1 - m)
+
+
+def test_half_precision_stays_where_it_belongs():
+    """Under bf16 the center's mean logit is float32's, and backward runs outside autocast, which would round it."""
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4", "--dtype", "bfloat16", "--centering", "centering"])
+    student, teacher = pretrain.build_networks(args, torch.device("cpu"))
+    buffers, centers, optimizer = pretrain.build_state(student, teacher, args)
+    micros = data.to_device(data.PretrainBatches(FakePack(), args)[0], torch.device("cpu"), args, 0.5, 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        (class_rows, patch_rows), new_centers = pretrain.teacher_targets(teacher, micros, centers, 0.05, "centering",
+                                                                         torch.bfloat16)
+    valid = micros[0]["mask_weight"] > 0
+    for center, (features, prototypes, _, r), real in zip(new_centers, (class_rows[0], patch_rows[0]), (slice(None), valid)):
+        want = 0.1 * (features[real].flatten(0, 1).double() @ prototypes.double().T).mean(0)
+        assert (center - want).norm() < 1e-6 * want.norm()
+    assert (patch_rows[0][3][~valid] == math.inf).all() and patch_rows[0][3][valid].isfinite().all() and not valid.all()
+    seen = []
+    student.backbone.pos_embed.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
+    pretrain.train_step(student, teacher, optimizer, buffers, centers, micros,
+                        dict(lr=1e-3, weight_decay=0, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False), args, 4,
+                        [None])
+    assert seen == [False]

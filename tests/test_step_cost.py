@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import kernels
 import pretrain
 from model import AddRows, KeepRows, VisionTransformer
 from tools import dry_run
@@ -56,11 +57,27 @@ def test_checkpointed_gradients_are_the_same():
     model, crops, drops = model_and_crops()
     plain = gradients(model, crops, drops)
     calls = []
-    model.blocks[1].attn.register_forward_hook(lambda *_: calls.append(1))
+    model.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     model.checkpoint_activations = True
     again = gradients(model, crops, drops)
     assert len(calls) == 2  # computed twice indeed
     assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_compiled_blocks_are_two_graphs_once(monkeypatch):
+    """A training step with --compile in bf16: attention between two graphs a network, none of them compiled again."""
+    compile_blocks = VisionTransformer.compile_blocks
+    monkeypatch.setattr(VisionTransformer, "compile_blocks", lambda self: compile_blocks(self, backend="aot_eager"))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before, args = graphs["unique_graphs"], pretrain.get_args([*SMALL, "--compile", "--dtype", "bfloat16"])
+    student, teacher = pretrain.build_networks(args, torch.device("cpu"))
+    state = pretrain.build_state(student, teacher, args)
+    for number in range(3):
+        batch = dry_run.noise_batch(args, 4)
+        _, drops = dry_run.step(student, teacher, state, batch, args, torch.device("cpu"))
+        assert drops is not None and graphs["unique_graphs"] - before == 4
+    assert all(p.isfinite().all() for p in student.parameters())
 
 
 @pytest.mark.slow
@@ -73,13 +90,12 @@ def test_compiled_gradients_are_the_same():
         compiled = gradients(model, crops, drops)
         for name in plain:
             assert (plain[name] - compiled[name]).norm() <= 1e-5 * plain[name].norm().clamp(min=1e-6), name
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert list(model.state_dict()) == list(VisionTransformer(**VIT).state_dict())
 
 
 # ---------------------------------------------------------------- a step on shapes without numbers
 
-def fake_step(args, change=lambda student: None):
+def fake_step(args, change=lambda student: None, reference=False):
     """Peak memory and work of a step; raises where the host would wait for a number from the device."""
     build = pretrain.build_networks
 
@@ -87,6 +103,7 @@ def fake_step(args, change=lambda student: None):
         networks = build(*arguments)
         change(networks[0])
         return networks
+    kernels.use_reference(reference)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "build_networks", changed)
         return dry_run.predict(args)
@@ -95,9 +112,10 @@ def fake_step(args, change=lambda student: None):
 @pytest.mark.parametrize("more", [[], ["--centering", "centering"], ["--separate_head"], ["--dtype", "bfloat16"],
                                   ["--local_crops_number", "0"]], ids=str)
 def test_no_step_waits_for_the_device(more):
-    """A fake tensor has no numbers: .item(), nonzero(), a mask as an index or a copy to the host would raise."""
-    peak, flops = fake_step(pretrain.get_args([*SMALL, *more]))
-    assert peak > 0 and flops > 0
+    """A fake tensor has no numbers: .item(), nonzero() or a mask as an index would raise."""
+    for reference in (False, True):
+        peak, flops = fake_step(pretrain.get_args([*SMALL, *more]), reference=reference)
+        assert peak > 0 and flops > 0
 
 
 def test_a_wait_would_be_noticed():
@@ -108,11 +126,12 @@ def test_a_wait_would_be_noticed():
 
 
 @pytest.mark.parametrize("arch, batch, more, most", [
-    ("vit_small", 128, [], 18), ("vit_base", 64, [], 20), ("vit_large", 32, ["--checkpoint_activations"], 22)])
+    ("vit_small", 128, [], 9), pytest.param("vit_base", 64, [], 10.5, marks=pytest.mark.slow),
+    pytest.param("vit_large", 32, ["--checkpoint_activations"], 11, marks=pytest.mark.slow)])
 def test_full_sizes_fit(arch, batch, more, most):
-    """The recipe's step at UltraDINO's sizes in so many GB, a tenth left for the allocator and the libraries."""
+    """The recipe's step at UltraDINO's sizes in so many GB, about half of what cards of 18, 20 and 22 GB have."""
     peak, _ = fake_step(pretrain.get_args(["--preset", "ultradino", "--arch", arch, "--batch_size_per_gpu", str(batch), *more]))
-    assert peak < 0.9 * most * 1e9
+    assert 0.8 * most * 1e9 < peak < most * 1e9
 
 
 def test_predicted_memory_and_work_follow_the_flags():
@@ -125,19 +144,20 @@ def test_predicted_memory_and_work_follow_the_flags():
     gc.collect()
 
 
-def test_counted_work_is_the_formula():
-    """Matrix products of a step counted by hand: 2 multiply-adds a weight and token forward, 4 backward."""
-    args = pretrain.get_args([*SMALL, "--drop_path_rate", "0", "--mask_sample_probability", "0"])
-    _, flops = fake_step(args)
-    b, C, depth, P, local = 4, 128, 4, 16, 4
-    tokens_g, tokens_l = 2 * b * (1 + 4 + P), 2 * b * (1 + 4 + local)
-    block = 12 * C * C  # weights of a block's four products
-    linear = depth * block * (2 * tokens_g + 6 * (tokens_g + tokens_l))
+@pytest.mark.parametrize("reference", [False, True], ids=["kernels", "references"])
+def test_counted_work_is_the_formula(reference):
+    """Matrix products of a step counted by hand: 2 operations a weight and token forward, 4 backward."""
+    args = pretrain.get_args([*SMALL, "--drop_path_rate", "0", "--mask_sample_probability", "0", "--global_crops_size", "64"])
+    _, flops = fake_step(args, reference=reference)
+    b, C, depth, P, local = 4, 128, 4, 256, 4
+    rows_g, rows_l = 2 * b * (5 + P), 2 * b * (5 + local)  # tokens of global and local crops; five have no patch
+    linear = depth * 12 * C * C * (2 * rows_g + 6 * (rows_g + rows_l))
     patch = 16 * C * (2 * 2 * b * P + 4 * 2 * b * (P + local))  # the pixels need no gradient
-    attention = depth * C * 4 * (tokens_g * (1 + 4 + P) * 4.5 + tokens_l * (1 + 4 + local) * 3.5)
-    mlp, head = C * 16 + 16 * 16 + 16 * 8, 8 * 32
-    heads = mlp * (2 * 2 * b + 6 * 4 * b) + head * (2 * (1 + 3 + 1) * 2 * b + 6 * 4 * b)
-    assert flops == pytest.approx(linear + patch + attention + heads, rel=0.1)
+    products = (2, 2 + 7) if not reference else (2, 2 + 4)  # of the teacher, of the student: kernels compute S anew
+    attention = depth * 2 * C * (products[0] * rows_g * (5 + P) + products[1] * (rows_g * (5 + P) + rows_l * (5 + local)))
+    head, prototypes = C * 16 + 16 * 16 + 16 * 8, 8 * 32
+    heads = head * (2 * 2 * b + 6 * 4 * b) + prototypes * (2 * 2 * b + 2 * 2 * b + 6 * 4 * b)
+    assert flops == pytest.approx(linear + patch + attention + heads, rel=0.02)
 
 
 def test_dry_run_prints_the_plan(capsys, monkeypatch, tmp_path):
