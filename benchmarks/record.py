@@ -1,8 +1,9 @@
-"""Run commands and keep what they print, with machine, versions and commit, as a Markdown result file.
+"""Keep what benchmarks find, with machine, versions, commit and command: what commands print, or tables.
 
     python benchmarks/record.py benchmarks/results/demo.md "The demo" "make demo"
 """
 
+import json
 import os
 import platform
 import re
@@ -26,11 +27,22 @@ def processor():
         return platform.processor() or platform.machine()
 
 
+def commit():
+    """Commit of this code, and whether files differ from it; results do not count."""
+    changed = subprocess.run(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    return git_commit() + (" with changes" if changed.strip() else "")
+
+
+def machine(known_commit=None):
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (f"{processor()}, {os.cpu_count()} cores, {device}; Python {platform.python_version()}, torch "
+            f"{torch.__version__}; commit {known_commit or commit()}")
+
+
 def record(path, title, commands, names=()):
     """Run each command (a list of words) from the project's folder and write `path`; names: (text, what to show for it)."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    text = [f"# {title}", "", f"{processor()}, {os.cpu_count()} cores, {device}; Python {platform.python_version()}, torch "
-            f"{torch.__version__}; commit {git_commit()}. Each block is a command, what it printed, and its time.", ""]
+    text = [f"# {title}", "", f"{machine()}. Each block is a command, what it printed, and its time.", ""]
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for words in commands:
         started = time.monotonic()
@@ -41,6 +53,46 @@ def record(path, title, commands, names=()):
     for name, shown in names:
         text = text.replace(name, shown)
     Path(path).write_text(text)
+
+
+# ---------------------------------------------------------------- tables
+
+def cell(value):
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, float):  # three digits that count, but never 1e+03
+        return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/").replace("\n", " ")
+
+
+def table(rows):
+    """Dicts, which need not have the same keys -> lines of a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[cell(row.get(key)) for key in columns] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *lines]]
+
+
+def read_results(path):
+    """What write_part has written to `path`.json: {part: {"title", "machine", "command", "minutes", "tables"}}."""
+    file = Path(f"{path}.json")
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_part(path, title, part, result):
+    """Put one part's result into `path`.json, where other parts stay, and write `path`.md from all of them.
+
+    result: title, machine, command, minutes, tables; a table is (caption, rows), rows a list of dicts.
+    """
+    parts = dict(sorted({**read_results(path), part: result}.items()))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.json").write_text(json.dumps(parts, indent=1) + "\n")
+    text = [f"# {title}", ""]
+    for name, found in parts.items():
+        text += [f"## {name}: {found['title']}", "",
+                 f"{found['machine']}. `{found['command']}`, {found['minutes']:.1f} minutes.", ""]
+        for caption, rows in found["tables"]:
+            text += [caption, "", *(table(rows) if rows else ["(nothing)"]), ""]
+    Path(f"{path}.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":

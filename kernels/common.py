@@ -70,6 +70,13 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def slices(x, group=1):
+    """Which rows of a matrix (rows, K) a reference takes at a time, whole groups: few on a CPU, for its cache; else all."""
+    step = 2 ** 20 // max(x.shape[1], 1) // group * group if x.device.type == "cpu" else len(x)
+    step = max(step, group)
+    return [slice(first, first + step) for first in range(0, max(len(x), 1), step)]
+
+
 def all_reduce(x, op="sum"):
     """Sum or max of x over all ranks, in place; nothing to do in a single process."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

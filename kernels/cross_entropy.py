@@ -22,7 +22,7 @@ Source: the losses of DINO (arXiv 2104.14294, equation 1) and iBOT (arXiv 2111.0
 """
 import torch
 
-from .common import LN2, LOG2E, at_least_float32, check_matrix, launch, takes_kernel, tl, triton
+from .common import LN2, LOG2E, at_least_float32, check_matrix, launch, slices, takes_kernel, tl, triton
 from .softmax_center import LOWEST, online_logsumexp
 
 ROWS, BLOCK_K, NUM_WARPS = 2, 4096, 16  # two rows share each load of a; 16 numbers a thread and stream
@@ -34,17 +34,23 @@ def gradient_view(student):
 
 
 def cross_entropy_ref(student, teacher, a, r, rows_of, weight, student_temp, teacher_temp):
-    S, items = len(rows_of), len(student) // len(rows_of)
-    p = (at_least_float32(teacher) / teacher_temp - a).sub_(r[:, None]).exp_().unflatten(0, (items, -1))  # (items, M, K)
+    S = len(rows_of)
+    items, M = len(student) // S, len(teacher) * S // max(len(student), 1)
     first, second = rows_of.unbind(1)
-    target = p[:, first]                                                                        # (items, S, K)
-    if p.shape[1] > 1:
-        target = target + p[:, second.clamp(min=0)] * (second >= 0)[:, None]
-    target, n = target.flatten(0, 1), 1 + (second >= 0).to(r.dtype).repeat(items)               # (R, K), (R,)
-    log_q = (at_least_float32(student) / student_temp).log_softmax(1)                           # (R, K)
-    loss = -weight * torch.linalg.vecdot(target, log_q)
-    gradient = log_q.exp_().mul_(n[:, None]).sub_(target).mul_((weight / student_temp)[:, None])
-    return loss, gradient_view(student).copy_(gradient)
+    losses = []
+    for rows in slices(student, S):
+        teachers = slice(rows.start // S * M, rows.stop // S * M)
+        p = (at_least_float32(teacher[teachers]) / teacher_temp - a).sub_(r[teachers, None]).exp_()
+        p = p.unflatten(0, (-1, M)) if items else p[:, None]                                    # (items, M, K)
+        target = p[:, first]                                                                    # (items, S, K)
+        if M > 1:
+            target = target + p[:, second.clamp(min=0)] * (second >= 0)[:, None]
+        s, w, target = student[rows], weight[rows], target.flatten(0, 1)                        # (R, K), (R,), (R, K)
+        n = (1 + (second >= 0).to(r.dtype)).repeat(len(s) // S)                                 # (R,)
+        log_q = (at_least_float32(s) / student_temp).log_softmax(1)                             # (R, K)
+        losses.append(-w * torch.linalg.vecdot(target, log_q))
+        gradient_view(s).copy_(log_q.exp_().mul_(n[:, None]).sub_(target).mul_((w / student_temp)[:, None]))
+    return torch.cat(losses), gradient_view(student)
 
 
 @triton.jit

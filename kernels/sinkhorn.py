@@ -20,7 +20,7 @@ Source: Sinkhorn-Knopp in SwAV (arXiv 2006.09882, section 3.1) as DINOv2 (arXiv 
 """
 import torch
 
-from .common import LN2, LOG2E, all_reduce, at_least_float32, check_matrix, launch, takes_kernel, tl, triton
+from .common import LN2, LOG2E, all_reduce, at_least_float32, check_matrix, launch, slices, takes_kernel, tl, triton
 from .softmax_center import LOWEST, online_logsumexp, row_logsumexp
 
 # A program is one warp, whose lanes own 8 columns each and meet SPLIT rows, ROWS at a time: nothing is exchanged
@@ -29,7 +29,7 @@ SPLIT, ROWS, BLOCK_K = 256, 8, 256
 
 
 def column_logsumexp_ref(x, r, temp):
-    return (at_least_float32(x) / temp - r[:, None]).logsumexp(0)
+    return torch.stack([(at_least_float32(x[some]) / temp - r[some, None]).logsumexp(0) for some in slices(x)])
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def column_logsumexp_kernel(x_ptr, stride, r_ptr, partial_ptr, rows, K, inv_temp
 def column_logsumexp(x, r, temp):
     """logsumexp_i(x / temp - r) of some rows: (rows, K), (rows,) -> parts (P, K), whose logsumexp over P it is."""
     if not takes_kernel(x):
-        return column_logsumexp_ref(x, r, temp)[None]
+        return column_logsumexp_ref(x, r, temp)
     check_matrix("logits", x)
     rows, K = x.shape
     splits = triton.cdiv(rows, SPLIT)

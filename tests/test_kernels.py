@@ -20,7 +20,7 @@ from conftest import ON_GPU
 from kernel_tools import (FLOATS, ONE, PAIRS, TOLERANCE, check_cross_entropy, close, edge, explicit_loss,  # noqa: F401
                           far_rows, golden, logits, loss_inputs, needs_kernels, outputs_at_the_edge)
 from kernels import all_reduce, attention, cross_entropy, sinkhorn, softmax_center, update_center
-from kernels.common import HAVE_TRITON
+from kernels.common import HAVE_TRITON, slices
 
 column_logsumexp = importlib.import_module("kernels.sinkhorn").column_logsumexp
 # Lanes of padding may overflow; they are never stored.
@@ -335,3 +335,21 @@ def test_without_triton(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert "[4, 3]" in out and "plain-torch references (cpu)" in out
     assert "pip install triton" in out and "--reference_ops" in out
+
+
+def test_references_of_many_slices():
+    """Wide enough that a reference on a CPU takes its rows in several slices, the last one shorter."""
+    kernels.use_reference(True)
+    items, K = 3, 2 ** 20 // 7
+    student, inputs = loss_inputs(items, PAIRS, K, torch.float64, "cpu")
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    teacher, a, r = inputs[:3]
+    assert len(slices(student, 5)) == 3 and len(slices(teacher)) == 2
+    close("r", softmax_center([teacher], a, 0.05)[1], ((teacher - a) / 0.05).logsumexp(1), 1e-12)
+    got, finite = column_logsumexp(teacher, r, 0.05).logsumexp(0), r.isfinite()
+    close("columns", got, (teacher[finite] / 0.05 - r[finite, None]).logsumexp(0), 1e-12)
+    exact = student.clone().requires_grad_()
+    want = explicit_loss(exact, *inputs)
+    loss, gradient = cross_entropy(student, *inputs, 0.1, 0.05)
+    close("loss", loss, want, 1e-12)
+    close("gradient", gradient, torch.autograd.grad(want.sum(), exact)[0], 1e-12)
