@@ -296,7 +296,7 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     Returns stats (10,): the four weighted terms, entropy and information of targets, gradient norms of backbone and
     heads, 1 if everything was finite, and how many ranks want to stop. If not finite, nothing was changed.
     """
-    dtype, temp, terms = getattr(torch, args.dtype), values["teacher_temp"], []
+    dtype, temp, terms, student_buffers = getattr(torch, args.dtype), values["teacher_temp"], [], buffers[0]
     cast = torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32)
     weights = args.dino_loss_weight, args.ibot_loss_weight, args.koleo_loss_weight * args.batch_size_per_gpu / batch
     with cast:
@@ -309,7 +309,6 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
         terms.append(torch.stack((weights[0] * local, dino - weights[0] * local, ibot, koleo)).detach())
     health, terms = target_health(targets[0][0], temp), torch.stack(terms).sum(0)  # (2,), (4,)
 
-    student_buffers, teacher_buffers = buffers
     stats = all_reduce(torch.cat((terms, health * len(micros) * args.batch_size_per_gpu / batch,
                                   terms.new_full((1,), float(stop)))))
     for _, grads in student_buffers:
@@ -324,7 +323,7 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
         group["weight_decay"] = values["weight_decay"] * group["wd_multiplier"]
     optimizer.found_inf, optimizer.grad_scale = 1 - finite, None  # fused AdamW skips the step where found_inf is 1
     optimizer.step()
-    for (student_flat, grads), (teacher_flat, _) in zip(student_buffers, teacher_buffers):
+    for (student_flat, grads), (teacher_flat, _) in zip(*buffers):
         teacher_flat.lerp_(student_flat, (1 - values["momentum"]) * finite)
         grads.zero_()
     centers.copy_(torch.where(finite > 0, new_centers, centers))
@@ -421,8 +420,8 @@ def main(args):
 
     # ---- resume ----
     path, log_path = (os.path.join(args.output_dir, name) for name in ("last.pt", "log.jsonl"))
-    recipe = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
-    identity = dict(recipe, data=data.info["digest"], batch=batch)
+    identity = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
+    identity.update(data=data.info["digest"], batch=batch)
     checkpoint, start = runtime.resume(path, log_path, identity, is_main), 0
     if checkpoint:
         for state, saved in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer")):
