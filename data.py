@@ -316,9 +316,10 @@ def deal_strata(rng, images, masked):
 def mask_bound(images, batch, patches, probability, ratio):
     """An upper bound of the masked patches of `images` neighbours in a batch, whatever is drawn."""
     masked = int(2 * batch * probability)
-    share = -(-images * masked // batch)  # masked crops of these images: half of them pairs, ends may be torn from theirs
+    share = -(-images * masked // batch)  # masked crops of these images: pairs, and at the ends halves of torn ones
+    torn = share % 2 if images == batch or images * masked % (2 * batch) == 0 else 2
     pair = ratio[0] + ratio[1] + (ratio[1] - ratio[0]) / max(masked, 1)
-    return int(min(np.ceil(patches * (share // 2 * pair + 2 * ratio[1])), 2 * images * patches)) if masked else 0
+    return int(min(np.ceil(patches * (share // 2 * pair + torn * ratio[1])), 2 * images * patches)) if masked else 0
 
 
 def draw_masks(seed, step, batch, images, grid, probability, ratio):

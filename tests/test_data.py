@@ -157,7 +157,7 @@ def test_block_masks_have_ibots_statistics():
 
 
 @pytest.mark.parametrize("batch, share, probability", [(32, 32, 0.5), (1024, 128, 0.5), (7, 7, 0.3), (6, 3, 0.9), (5, 5, 1),
-                                                       (64, 16, 0.25), (9, 3, 0.5), (1, 1, 0.5), (4, 2, 0.1), (8, 8, 0)])
+                                                       (64, 16, 0.25), (8, 4, 0.5), (9, 3, 0.5), (1, 1, 0.5), (4, 2, 0.1), (8, 8, 0)])
 def test_masks_are_dealt_evenly(batch, share, probability):
     """Every stratum is dealt once, and no rank's share of a batch has more masked patches than the bound."""
     masked, ratio = int(2 * batch * probability), (0.1, 0.5)
@@ -169,8 +169,8 @@ def test_masks_are_dealt_evenly(batch, share, probability):
             mine = dealt[:, first:first + share]
             most = sum(int(196 * edges[stratum + 1]) for stratum in mine[mine >= 0])
             assert most <= bound
-            if share >= 32:
-                assert bound < 1.12 * most
+            if probability == 0.5 and share % 2 == 0:  # no pair is torn: a patch a crop lost to rounding, no more
+                assert bound <= most + 2 * share
 
 
 def test_block_masks_are_blocks():
