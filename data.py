@@ -1,159 +1,37 @@
-"""Images in, batches out: reading image files, packs, labelled folders, and every augmentation.
+"""Packs in, batches out: what is drawn at random, and every augmentation.
 
-The CPU only decodes files (once, in pack.py) and reads bytes; random draws are a few floats per crop, and the
-pixels are cropped, jittered, blurred and normalised as batches on the training device.
+The CPU only reads bytes and draws a few floats per crop; the pixels are cropped, jittered, blurred and normalised as
+batches on the training device.
 """
 
 import csv
-import fnmatch
-import hashlib
+import itertools
 import json
 import math
+import mmap
 import os
-import re
-from collections import namedtuple
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-PACK_VERSION = 1
+from leakage import WORDS
 
-
-# ---------------------------------------------------------------- image files
-
-def load_grey(path):
-    """Read one image file as uint8 grey (h, w); OSError or ValueError says why it cannot be read."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit or float grey: scale by the file's own percentiles
-            pixels = np.asarray(image, dtype=np.float64)
-            if not np.isfinite(pixels).all():
-                raise ValueError("image has non-finite pixels")
-            low, high = np.percentile(pixels, (0.5, 99.5))
-            return (np.clip((pixels - low) / max(high - low, 1e-9), 0, 1) * 255 + 0.5).astype(np.uint8)
-        if image.mode in ("P", "PA", "LA", "RGBA"):  # transparency is shown on black, the background of B-mode
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-        return np.asarray(image.convert("L"))
-
-
-def content_hash(grey):
-    """8-byte digest of size and grey pixels: equal for the same picture stored in another lossless file."""
-    digest = hashlib.blake2b(str(grey.shape).encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(grey))
-    return digest.digest()
-
-
-def resize_square(grey, size):
-    """uint8 (h, w) -> uint8 (size, size), antialiased bicubic; squashes the aspect."""
-    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
-
-
-# ---------------------------------------------------------------- lists of images
-
-# paths: where to open; names: relative to the source, shown to the user; groups: one string per image, never split
-# between train and test; labels: strings, or None for unlabelled sources; grouped_by: how groups were found, in words
-ImageList = namedtuple("ImageList", "paths names groups labels grouped_by")
-
-
-def list_images(source, exclude=(), group_regex=None, labelled=False):
-    """Images of a recursive folder, a text list (a path per line) or a CSV (`image[,label][,group]`).
-
-    A group is a patient, an examination or a clip: the CSV's `group` column, else the first capture of
-    `group_regex` in the name, else the parent folder (for a labelled folder, the path below the class). When that
-    leaves a single group, or for images directly in a class folder, each image is a group of its own.
-    Raises ValueError with one sentence that says what is wrong and where.
-    """
-    if not os.path.exists(source):
-        raise ValueError(f"{source}: no such file or folder")
-    if os.path.isdir(source):
-        root, rows = source, _walk(source, labelled)
-    else:
-        root, rows = os.path.dirname(source), _read_list(source, labelled)
-    rows = [row for row in rows if not any(fnmatch.fnmatch(row["image"], pattern) for pattern in exclude)]
-    if not rows:
-        raise ValueError(f"{source}: no images found ({', '.join(IMAGE_SUFFIXES)}"
-                         + (f"; excluded: {' '.join(exclude)})" if exclude else ")"))
-    names = [row["image"] for row in rows]
-    if all(row.get("group") for row in rows):
-        groups, grouped_by = [row["group"] for row in rows], "group column"
-    elif group_regex:
-        groups, grouped_by = _regex_groups(names, group_regex, source), f"--group_regex {group_regex}"
-    else:
-        groups, grouped_by = [os.path.dirname(name) for name in names], "parent folder"
-        if labelled and os.path.isdir(source):  # what lies below the class: a patient can be in several classes
-            groups = [os.sep.join(name.split(os.sep)[1:-1]) or name for name in names]
-        elif labelled and len({*groups}) == len({*zip(groups, (row["label"] for row in rows))}) == len(
-                {row["label"] for row in rows}):
-            groups = names  # a folder per class: no folder is a patient
-        if len(set(groups)) == 1 or set(groups) == set(names):
-            groups, grouped_by = names, "image (each image is its own group)"
-    labels = [row["label"] for row in rows] if labelled else None
-    return ImageList([os.path.join(root, name) for name in names], names, groups, labels, grouped_by)
-
-
-def _walk(folder, labelled):
-    rows = []
-    for parent, folders, files in os.walk(folder, followlinks=False):
-        folders.sort()
-        for file in sorted(files):
-            name = os.path.relpath(os.path.join(parent, file), folder)
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
-                if labelled and os.sep not in name:
-                    raise ValueError(f"{os.path.join(folder, name)}: not in a class folder; expected "
-                                     f"{folder}/CLASS/image, or a CSV with the columns image,label[,group]")
-                rows.append({"image": name, "label": name.split(os.sep)[0]})
-    return rows
-
-
-def _read_list(path, labelled):
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        first = file.readline()
-        file.seek(0)
-        # UltraDINO's train_paths_2m.csv, too, is a path per line without a header
-        if not path.lower().endswith(".csv") or ("," not in first and first.strip() != "image"):
-            if labelled:
-                raise ValueError(f"{path}: labels need a folder per class or a .csv with the columns image,label")
-            return [{"image": line.rstrip("\r\n")} for line in file if line.strip()]
-        reader = csv.DictReader(file)
-        known, needed = {"image", "label", "group"}, {"image", "label"} if labelled else {"image"}
-        columns = set(reader.fieldnames or ())
-        if not needed <= columns or not columns <= known:
-            raise ValueError(f"{path}: columns are {','.join(reader.fieldnames or ())}; expected "
-                             + ("image,label[,group]" if labelled else "image[,group]"))
-        rows = list(reader)
-    for number, row in enumerate(rows, start=2):
-        if any(not row.get(column) for column in columns) or None in row:
-            raise ValueError(f"{path}, line {number}: expected {len(columns)} filled columns, got {list(row.values())}")
-    return rows
-
-
-def _regex_groups(names, pattern, source):
-    try:
-        pattern = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--group_regex {pattern!r}: {error}")
-    groups = []
-    for name in names:
-        match = pattern.search(name)
-        if not match or not match.groups() or not match.group(1):
-            raise ValueError(f"{source}: --group_regex {pattern.pattern!r} "
-                             f"{'has no (capture) in' if match else 'does not match'} {name!r}")
-        groups.append(match.group(1))
-    return groups
+PACK_VERSION = 2
 
 
 # ---------------------------------------------------------------- packs
 
 class Pack:
-    """A folder written by pack.py, read with numpy.memmap and csv alone.
+    """A folder written by pack.py, read with numpy.memmap and csv alone. An image is a frame of a file.
 
     canvases.u8  uint8 (images, canvas, canvas), row-major, no header: each image squashed to a square
-    index.csv    name,width,height,group,hash: original size, group number, content_hash in hex
-    pack.json    version, images, canvas, mean and std of all pixels (of 1, not 255), groups, digest of the index, ...
-    skipped.txt  what could not be read or was held out, and why
+    index.csv    a line per canvas: INDEX's columns; width and height are the image's before it was squashed
+    groups.csv   group, digest: leakage.salted of its name, with pack.json's salt
+    pack.json    version, images, canvas, mean and std of all pixels (of 1, not 255), groups, digest, counts, ...
+    names.csv    name, frame of each canvas    } the two files that hold file names, which can be patients' names;
+    skipped.txt  what was left out, and why    } nothing but messages needs them: delete them to share a pack
     """
 
     def __init__(self, folder):
@@ -173,19 +51,12 @@ class Pack:
             raise ValueError(f"{data_path}: missing or not the {images} canvases of {canvas}x{canvas} that pack.json "
                              f"names; pack again")
         self.canvases = np.memmap(data_path, np.uint8, "r", shape=(images, canvas, canvas))
-        self.sizes = np.empty((images, 2), np.int32)  # width, height of the original image
-        self.groups = np.empty(images, np.int64)
-        hashes = bytearray()
-        rows = -1
-        with open(os.path.join(folder, "index.csv"), newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for rows, row in enumerate(csv.DictReader(file)):
-                if rows < images:
-                    self.sizes[rows] = int(row["width"]), int(row["height"])
-                    self.groups[rows] = int(row["group"])
-                    hashes += bytes.fromhex(row["hash"])
-        if rows + 1 != images:
-            raise ValueError(f"{folder}/index.csv: {rows + 1} rows, pack.json names {images}; pack again")
-        self.hashes = np.frombuffer(bytes(hashes), np.uint8).reshape(images, 8)
+        index = _read_table(os.path.join(folder, "index.csv"), INDEX, images)
+        self.sizes = np.stack((index["width"], index["height"]), axis=1)  # (images, 2)
+        self.groups = index["group"]  # (images,)
+        self.hashes, self.looks = _from_hex(index["hash"])[:, 0], _from_hex(index["looks"])  # uint64 (images,), (images, WORDS)
+        digests = _read_table(os.path.join(folder, "groups.csv"), GROUPS, self.info["groups"])
+        self.group_digests = _from_hex(digests["digest"])[:, 0]  # uint64 (groups,)
 
     def __len__(self):
         return len(self.canvases)
@@ -193,12 +64,47 @@ class Pack:
     def __reduce__(self):  # a data worker that is not forked opens the pack again: pickle would copy all canvases
         return Pack, (self.folder,)
 
+    def digests(self):
+        """What a checkpoint keeps of the images, for leakage.overlap. No names; groups only where they are patients' or
+        clips', not folders'."""
+        seen = {"content": torch.from_numpy(self.hashes), "looks": torch.from_numpy(self.looks)}
+        if self.info.get("groups_named"):
+            seen.update(group_digests=torch.from_numpy(self.group_digests), salt=bytes.fromhex(self.info["salt"]))
+        return seen
+
     def names(self, indices):
-        """Names of a few images, read from disk: they can be patients' names and two million of them fill memory."""
-        wanted = set(int(index) for index in indices)
-        with open(os.path.join(self.folder, "index.csv"), newline="", encoding="utf-8",
-                  errors="surrogateescape") as file:
-            return [row["name"] for number, row in enumerate(csv.DictReader(file)) if number in wanted]
+        """Names of a few images, for messages, read from disk: two million of them fill memory."""
+        wanted, path = {int(index) for index in indices}, os.path.join(self.folder, "names.csv")
+        if not os.path.exists(path):
+            return [f"canvas {index}" for index in sorted(wanted)]
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return [row["name"] + (f" (frame {row['frame']})" if row["frame"] != "0" else "")
+                    for number, row in enumerate(csv.DictReader(file)) if number in wanted]
+
+
+# group numbers count from 0 in order of appearance; hash and looks are leakage.py's, in hex; colour: 1 if the frame was
+# in colour; mm: millimetres per pixel of the original image, 0 where unknown
+INDEX = np.dtype([("width", "i4"), ("height", "i4"), ("group", "i8"), ("hash", "S16"), ("looks", f"S{16 * WORDS}"),
+                  ("colour", "i1"), ("mm_x", "f4"), ("mm_y", "f4")])
+GROUPS = np.dtype([("group", "i8"), ("digest", "S16")])
+
+
+def _read_table(path, dtype, rows):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty table is told below
+            table = np.loadtxt(path, dtype, delimiter=",", skiprows=1, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); pack again")
+    if len(table) != rows:
+        raise ValueError(f"{path}: {len(table)} rows, pack.json names {rows}; pack again")
+    return table
+
+
+def _from_hex(column):
+    """bytes (n,) of 16 hex digits a word -> uint64 (n, words)."""
+    words = np.frombuffer(bytes.fromhex(column.tobytes().decode()), ">u8").astype(np.uint64)
+    return words.reshape(len(column), -1)
 
 
 # ---------------------------------------------------------------- what is random: drawn on the CPU, a few floats a crop
@@ -255,6 +161,8 @@ BLUR_SIGMA, SOLARIZE_PROBABILITY = (0.1, 2.0), 0.2
 # The intended blur probabilities of global crop 1, global crop 2 and local crops. DINOv2 passes 1 - p to RandomApply,
 # whose argument is the probability of applying, so its published models (and UltraDINO's) saw 0, 0.9 and 0.5.
 BLUR_PROBABILITY = (1.0, 0.1, 0.5)
+TISSUE_GREY, TISSUE_SHARE = 10, 0.02  # a patch shows tissue if its 98th percentile of grey levels is above 10
+MASK_TRIES = 32  # rectangles: a mask of 14 x 14 patches takes 8, rarely 20; of 37 x 37 one in a thousand takes more
 CROP_SLICE = 32  # images whose crops are made at once: what lies between the steps fits the cache of a large GPU
 
 
@@ -276,26 +184,30 @@ def draw_crops(rng, sizes, canvas, n, scale, blur_probability, solarize_probabil
     return {key: value.astype(np.float32) for key, value in draws.items()}
 
 
-def block_mask(rng, grid, target):
-    """iBOT's block-wise mask: rectangles are added until about `target` patches are masked. bool (rows, columns)."""
-    mask, count = np.zeros(grid, bool), 0
-    while count < target:
-        remaining = min(target - count, mask.size // 2)
-        for _ in range(10):
-            area = rng.uniform(min(4, remaining), max(4, remaining))
-            aspect = np.exp(rng.uniform(np.log(0.3), -np.log(0.3)))
-            h, w = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-            if h < grid[0] and w < grid[1]:
-                top, left = rng.integers(grid[0] - h + 1), rng.integers(grid[1] - w + 1)
-                block = mask[top:top + h, left:left + w]
-                added = block.size - block.sum()
-                if 0 < added <= remaining:
-                    block[:] = True
-                    count += added
-                    break
-        else:
-            return mask  # nothing fitted in ten tries
-    return mask
+def block_masks(tries, grid, targets):
+    """iBOT's block-wise masks: rectangles are added to each until about targets (n,) patches are masked.
+
+    tries (n, MASK_TRIES, 4): uniform numbers, for area, aspect, top and left of each rectangle that is tried, in all
+    masks at once; one that has found no room for ten in a row is left as it is. bool (n, rows, columns).
+    """
+    row, column = np.arange(grid[0])[:, None], np.arange(grid[1])
+    masks, count, failed = np.zeros((len(tries), *grid), bool), np.zeros(len(tries), int), np.zeros(len(tries), int)
+    for number in range(MASK_TRIES):
+        live = np.flatnonzero((count < targets) & (failed < 10))
+        area, aspect, top, left = tries[live, number].T
+        remaining = np.minimum(targets[live] - count[live], row.size * column.size // 2)
+        area, aspect = np.minimum(4, remaining) + abs(4 - remaining) * area, 0.3 ** (1 - 2 * aspect)
+        h, w = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
+        top, left = np.floor(top * (row.size - h + 1)), np.floor(left * (column.size - w + 1))
+        smaller = (h < row.size) & (w < column.size)
+        h, w, top, left = (side[:, None, None] for side in (h, w, top, left))
+        added = (row >= top) & (row < top + h) & (column >= left) & (column < left + w) & ~masks[live]
+        size = added.sum((1, 2))
+        fits = smaller & (0 < size) & (size <= remaining)
+        masks[live[fits]] |= added[fits]
+        count[live] += fits * size
+        failed[live] = np.where(fits, 0, failed[live] + 1)
+    return masks
 
 
 def deal_strata(rng, images, masked):
@@ -326,20 +238,53 @@ def draw_masks(seed, step, batch, images, grid, probability, ratio):
     """Masks of both global crops of some images (numbers in the batch): bool (2 * images, P), crop-major.
 
     A share `probability` of the batch's crops is masked; their target ratios are stratified over the range `ratio`,
-    one stratum each (DINOv2's collate). Every crop has its own stream.
+    one stratum each (DINOv2's collate). A stratum's numbers are drawn whoever asks; only what is asked for is built.
     """
-    masked = int(2 * batch * probability)
-    edges = np.linspace(*ratio, masked + 1)
-    dealt = deal_strata(philox(seed, step, MASKS, 0), batch, masked)  # (2, batch)
+    masked, rng = int(2 * batch * probability), philox(seed, step, MASKS)
+    dealt = deal_strata(rng, batch, masked)[:, images]  # (2, b)
+    shares = ratio[0] + (ratio[1] - ratio[0]) * (np.arange(masked) + rng.random(masked)) / max(masked, 1)
+    tries, strata = rng.random((masked, MASK_TRIES, 4)), dealt[dealt >= 0]
     masks = np.zeros((2, len(images), *grid), bool)
-    for crop in (0, 1):
-        for row, image in enumerate(images):
-            stratum = dealt[crop, image]
-            if stratum >= 0:
-                rng = philox(seed, step, MASKS, 1 + crop * batch + int(image))
-                share = rng.uniform(edges[stratum], edges[stratum + 1])
-                masks[crop, row] = block_mask(rng, grid, int(grid[0] * grid[1] * share))
+    masks[dealt >= 0] = block_masks(tries[strata], grid, (grid[0] * grid[1] * shares[strata]).astype(int))
     return masks.reshape(2 * len(images), -1)
+
+
+# ---------------------------------------------------------------- batches
+
+PREFETCH = 2  # steps that a worker has ready
+
+
+class Rows:
+    """A generator that draws for a whole batch and gives the rows of some images: so all ranks draw the same."""
+
+    def __init__(self, rng, batch, images):
+        self.rng, self.batch, self.images = rng, batch, images
+
+    def random(self, shape):
+        return self.rng.random((self.batch, *shape[1:]))[self.images]
+
+
+def read_canvases(canvases, indices, out=None):
+    """Copies of some canvases, of a file or in memory: uint8 (n, S, S), in `out` if it is given.
+
+    The disk is asked for all of them first: left to itself the kernel waits for one after the other, and reads much
+    around each that nobody will ask for soon.
+    """
+    if isinstance(canvases, np.memmap):
+        size = canvases[0].nbytes
+        for start in (indices * size).tolist():
+            within = start % mmap.PAGESIZE  # advice begins on a page
+            canvases.base.madvise(mmap.MADV_WILLNEED, start - within, size + within)
+    return np.take(canvases, indices, axis=0, out=out, mode="clip")  # mode "raise" would make a copy of its own
+
+
+def in_one_storage(arrays):
+    """Dict of arrays -> of tensors in one storage: a worker then sends one block of shared memory, not one for each."""
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))  # so that each is aligned
+    whole = torch.from_numpy(np.concatenate([np.frombuffer(array.tobytes(), np.uint8) for array in arrays.values()]))
+    parts = whole.split([array.nbytes for array in arrays.values()])
+    return {key: part.view(torch.from_numpy(array).dtype).view(array.shape)
+            for part, (key, array) in zip(parts, arrays.items())}
 
 
 class PretrainBatches(torch.utils.data.Dataset):
@@ -347,41 +292,63 @@ class PretrainBatches(torch.utils.data.Dataset):
 
     Each: canvases uint8 (b, S, S), draws of 2 global and L local crops, masks bool (2b, P) crop-major (all first
     crops, then all second ones), mask_indices (M,) into the flattened masks, mask_weight (M,) = 1 / masked patches of
-    that crop, groups (b,). M is mask_bound, the same at every step: padding has index 0 and weight 0. A pure function of (pack, seed, step): 1 process of 16 images, 2 of 8 and 4 micro-batches
-    of 4 see the same crops of the same images.
+    that crop, groups (b,). M is mask_bound, the same at every step: padding has index 0 and weight 0. A pure function
+    of (pack, seed, step): 1 process of 16 images, 2 of 8 and 4 micro-batches of 4 see the same crops of the same ones.
     """
 
     def __init__(self, pack, args, rank=0, world_size=1):
         self.pack, self.args, self.rank = pack, args, rank
         self.batch = args.batch_size_per_gpu * args.accum_iter * world_size  # images of a step over all ranks
-        self.orders = {}
+        self.orders, self.blocks = {}, None
+
+    def loader(self, steps, num_workers, **how):
+        """Iterator over the items of a range of steps; how: more arguments of DataLoader.
+
+        Canvases that a worker read are overwritten after the next item but one is asked for: copy what you keep.
+        """
+        self.indices(steps[0])  # the workers, forked from here, share this epoch's order
+        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers,
+                                                prefetch_factor=PREFETCH if num_workers else None, **how))
 
     def indices(self, step):
         """Numbers of the images of the whole global batch of a step: (batch,)."""
-        positions = np.arange(step * self.batch, (step + 1) * self.batch)
-        epochs = positions // len(self.pack)
-        for epoch in np.unique(epochs):
-            if epoch not in self.orders:  # a step can span epochs; the old ones are forgotten
-                self.orders = {old: order for old, order in self.orders.items() if old in epochs}
-                self.orders[epoch] = image_order(self.pack.groups, self.args.seed, int(epoch))
-        return np.array([self.orders[epoch][position % len(self.pack)] for epoch, position in zip(epochs, positions)])
+        epochs, places = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), len(self.pack))
+        present = np.unique(epochs).tolist()  # a step can span epochs; old ones are forgotten
+        self.orders = {epoch: self.orders[epoch] if epoch in self.orders else
+                       image_order(self.pack.groups, self.args.seed, epoch) for epoch in present}
+        return np.concatenate([self.orders[epoch][places[epochs == epoch]] for epoch in present])
 
     def __getitem__(self, step):
-        args, canvas = self.args, self.pack.canvases.shape[1]
-        indices = self.indices(step)
-        sizes = self.pack.sizes[indices]
-        rng = philox(args.seed, step, CROPS)
+        args, S, size = self.args, self.pack.canvases.shape[1], self.args.batch_size_per_gpu
+        images = np.arange(args.accum_iter * size) + self.rank * args.accum_iter * size  # this rank's, in the batch
+        indices = self.indices(step)[images]
+        rng, sizes = Rows(philox(args.seed, step, CROPS), self.batch, images), self.pack.sizes[indices]
         blur = [1 - p if args.blur_compat else p for p in BLUR_PROBABILITY]
-        global_draws = draw_crops(rng, sizes, canvas, 2, args.global_crops_scale, blur[:2], (0, SOLARIZE_PROBABILITY))
-        local_draws = draw_crops(rng, sizes, canvas, args.local_crops_number, args.local_crops_scale, blur[2], 0)
-        size = args.batch_size_per_gpu
-        first = self.rank * args.accum_iter * size
-        return [self._micro(step, indices, global_draws, local_draws, slice(start, start + size))
-                for start in range(first, first + args.accum_iter * size, size)]
+        global_draws = draw_crops(rng, sizes, S, 2, args.global_crops_scale, blur[:2], (0, SOLARIZE_PROBABILITY))
+        local_draws = draw_crops(rng, sizes, S, args.local_crops_number, args.local_crops_scale, blur[2], 0)
+        canvases, micros = self._canvases(indices), []
+        for first in range(0, len(images), size):
+            own = slice(first, first + size)
+            draws = [{key: value[own] for key, value in draws.items()} for draws in (global_draws, local_draws)]
+            micros.append({"canvases": canvases[own], **self._micro(step, indices[own], *draws, images[own])})
+        return micros
 
-    def _micro(self, step, indices, global_draws, local_draws, share):
-        args, images = self.args, np.arange(self.batch)[share]
-        side = args.global_crops_size // args.patch_size
+    def _canvases(self, indices):
+        """A worker reads them into memory that it shares with the main process, a few blocks in turn: touching fresh
+        memory costs several times what copying canvases into it does."""
+        if torch.utils.data.get_worker_info() is None:
+            return torch.from_numpy(read_canvases(self.pack.canvases, indices))
+        if self.blocks is None:  # PREFETCH steps wait, one is in use, and one more
+            shape = len(indices), *self.pack.canvases.shape[1:]
+            self.blocks = itertools.cycle(torch.empty(shape, dtype=torch.uint8).share_memory_()
+                                          for _ in range(PREFETCH + 2))
+        block = next(self.blocks)
+        read_canvases(self.pack.canvases, indices, block.numpy())
+        return block
+
+    def _micro(self, step, indices, global_draws, local_draws, images):
+        """One dict but for the canvases: of the images `indices` of the pack, which are `images` of the batch."""
+        args, side = self.args, self.args.global_crops_size // self.args.patch_size
         masks = draw_masks(args.seed, step, self.batch, images, (side, side), args.mask_sample_probability,
                            args.mask_ratio_min_max)  # (2b, P)
         bound = mask_bound(len(images), self.batch, side * side, args.mask_sample_probability, args.mask_ratio_min_max)
@@ -389,11 +356,10 @@ class PretrainBatches(torch.utils.data.Dataset):
         count = masks.sum()
         mask_indices[:count] = masks.reshape(-1).nonzero()[0]
         mask_weight[:count] = (masks / masks.sum(1, keepdims=True).clip(1))[masks]
-        micro = dict(canvases=self.pack.canvases[indices[share]], masks=masks, mask_indices=mask_indices,
-                     mask_weight=mask_weight, groups=self.pack.groups[indices[share]])
-        micro.update({f"global_{key}": value[share] for key, value in global_draws.items()})
-        micro.update({f"local_{key}": value[share] for key, value in local_draws.items()})
-        return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in micro.items()}
+        micro = dict(masks=masks, mask_indices=mask_indices, mask_weight=mask_weight, groups=self.pack.groups[indices])
+        micro.update({f"global_{key}": value for key, value in global_draws.items()})
+        micro.update({f"local_{key}": value for key, value in local_draws.items()})
+        return in_one_storage(micro)
 
 
 # ---------------------------------------------------------------- what is computed: on the device, as matrix products
@@ -446,47 +412,85 @@ def adjust_contrast(x, factor):
     return (mean + factor * (x - mean)).clamp(0, 255)
 
 
-def make_crops(canvases, draws, size, mean, std):
+def make_crops(canvases, draws, size, mean, std, flip="vertical"):
     """Crop, flip, jitter, blur, solarize and normalise: uint8 (B, S, S) -> float32 (n * B, 1, size, size), crop-major.
 
     `draws` is draw_crops' dict as tensors on the canvases' device; grey levels are floats in 0..255 throughout.
+    flip: "vertical", "horizontal" or "none", what becomes of crops that are drawn to be flipped.
     """
+    crops = [jitter(cut_crops(*some, size, flip), some[1]) for some in _slices(canvases, draws)]
+    crops = (torch.cat(crops) / 255 - mean) / std  # (B, n, size, size)
+    return crops.transpose(0, 1).flatten(0, 1)[:, None]
+
+
+def tissue_patches(canvases, draws, size, flip, patch_size):
+    """Which patches of the crops show tissue: bool (n * B, P), crop-major.
+
+    More than TISSUE_SHARE of their pixels are brighter than TISSUE_GREY, before the jitter: contrast lifts black.
+    """
+    bright = [(cut_crops(*some, size, flip) > TISSUE_GREY).float() for some in _slices(canvases, draws)]
+    tissue = F.avg_pool2d(torch.cat(bright), patch_size) > TISSUE_SHARE  # (B, n, size / patch_size, the same)
+    return tissue.flatten(2).transpose(0, 1).flatten(0, 1)
+
+
+def weigh_tissue(micro, tissue):
+    """(mask_weight (M,), share of masked patches that show tissue ()), for tissue (2b, P) of the global crops.
+
+    A masked patch weighs 1 / those with tissue in its crop, and nothing without tissue.
+    """
+    counted = micro["masks"] & tissue
+    weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
+    padding = micro["mask_weight"] == 0  # it has the index of the first patch, which may well be masked
+    weight = weight.flatten()[micro["mask_indices"]].masked_fill(padding, 0)
+    return weight, counted.sum() / micro["masks"].sum().clamp(min=1)
+
+
+def _slices(canvases, draws):
+    """(canvases, draws) of CROP_SLICE images at a time."""
     slices = [slice(first, first + CROP_SLICE) for first in range(0, len(canvases), CROP_SLICE)]
-    crops = [_crop_slice(canvases[some], {key: value[some] for key, value in draws.items()}, size) for some in slices]
-    crops = (torch.cat(crops) / 255 - mean) / std  # (B, n, 1, size, size)
-    return crops.transpose(0, 1).flatten(0, 1)
+    return [(canvases[some], {key: value[some] for key, value in draws.items()}) for some in slices]
 
 
-def _crop_slice(canvases, draws, size):
+def cut_crops(canvases, draws, size, flip):
+    """The crops as they lie in the image, flipped: float32 (B, n, size, size) of 0..255."""
     B, n = draws["flip"].shape
     S = canvases.shape[-1]
     left, top, width, height = draws["box"].flatten(0, 1).unbind(-1)  # each (B * n,)
-    flip, brightness, contrast, first, sigma, solarize = (
-        draws[key].flatten()[:, None, None]
-        for key in ("flip", "brightness", "contrast", "contrast_first", "sigma", "solarize"))  # each (B * n, 1, 1)
-    # the flip is vertical: UltraDINO's, it has no horizontal one
-    rows = resize_weights(top, height, size, S, flip[:, 0, 0])  # (B * n, size, S)
-    columns = resize_weights(left, width, size, S)
+    flips = draws["flip"].flatten()
+    rows = resize_weights(top, height, size, S, flips if flip == "vertical" else None)  # (B * n, size, S)
+    columns = resize_weights(left, width, size, S, flips if flip == "horizontal" else None)
     x = rows.view(B, n * size, S) @ canvases.float()  # (B, n * size, S): one product serves all crops of an image
     x = x.view(B * n, size, S) @ columns.transpose(1, 2)  # (B * n, size, size)
-    x = x.clamp(0, 255)
+    return x.clamp(0, 255).view(B, n, size, size)
+
+
+def jitter(x, draws):
+    """Brightness and contrast in the order drawn, blur, solarize: crops (B, n, size, size) of 0..255 -> the same."""
+    B, n, size, _ = x.shape
+    brightness, contrast, first, sigma, solarize = (
+        draws[key].flatten()[:, None, None]
+        for key in ("brightness", "contrast", "contrast_first", "sigma", "solarize"))  # each (B * n, 1, 1)
+    x = x.flatten(0, 1)
     x = adjust_contrast(x, torch.where(first > 0, contrast, 1.0))
     x = (x * brightness).clamp(0, 255)
     x = adjust_contrast(x, torch.where(first > 0, 1.0, contrast))
     blur = blur_weights(sigma[:, 0, 0], size)
     x = blur @ x @ blur.transpose(1, 2)
     x = torch.where((solarize > 0) & (x >= 128), 255 - x, x)
-    return x.view(B, n, 1, size, size)
+    return x.view(B, n, size, size)
 
 
 def to_device(batch, device, args, mean, std):
-    """A step's micro-batches on the device, with their crops made there."""
+    """A step's micro-batches on the device, with their crops made there; with --mask_tissue weigh_tissue's, too."""
     micros = []
     for micro in batch:
         micro = {key: value.to(device, non_blocking=True) for key, value in micro.items()}
         canvases = micro.pop("canvases")
         for kind, size in (("global", args.global_crops_size), ("local", args.local_crops_size)):
             draws = {key[len(kind) + 1:]: micro.pop(key) for key in list(micro) if key.startswith(f"{kind}_")}
-            micro[f"{kind}_crops"] = make_crops(canvases, draws, size, mean, std)  # (n * b, 1, size, size)
+            micro[f"{kind}_crops"] = make_crops(canvases, draws, size, mean, std, args.flip)  # (n * b, 1, size, size)
+            if kind == "global" and args.mask_tissue:
+                tissue = tissue_patches(canvases, draws, size, args.flip, args.patch_size)
+                micro["mask_weight"], micro["tissue"] = weigh_tissue(micro, tissue)
         micros.append(micro)
     return micros

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import phantom
-from data import content_hash, list_images, load_grey, resize_square
+from images import list_images, load_grey, resize_square
+from leakage import WORDS, content_hash, overlap, perceptual_hash
 from metrics import balanced_accuracy, bootstrap, group_confusion, interval, macro_f1, resampling_weights
 from model import VisionTransformer
 from runtime import clear_errors, git_commit, setup
@@ -90,20 +91,22 @@ def labelled_images(args, img_size):
 
 
 def extract(n, load, img_size, backbones, mean, std, batch_size, device):
-    """Load every image once -> float32 features (n, d), one matrix per backbone and one of pixels, and hashes (n,)."""
+    """Load every image once -> float32 features (n, d), one matrix per backbone and one of pixels; leakage.py's hashes
+    of pixels (n,) and of looks (n, WORDS), uint64."""
     mean, std = (torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1) for value in (mean, std))
-    features, hashes = [[] for _ in range(len(backbones) + 1)], []
+    features, content, looks = [[] for _ in range(len(backbones) + 1)], [], []
     with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:  # decoding leaves Python's lock
         for start in tqdm(range(0, n, batch_size), desc="features", disable=not sys.stderr.isatty(), leave=False):
             images = list(pool.map(load, range(start, min(start + batch_size, n))))
-            hashes += [content_hash(image) for image in images]
+            content += [content_hash(image) for image in images]
+            looks += [perceptual_hash(image) for image in images]
             canvases = [resize_square(image, img_size) for image in images]
             x = normalise(canvases, mean, std)  # (B, 1 or 3, h, w)
             for rows, backbone in zip(features, backbones):
                 rows.append(embed(backbone, x.expand(-1, backbone.in_chans, -1, -1).to(device)).cpu())
             thumbnails = [resize_square(image, PIXELS_SIDE) for image in images]
             features[-1].append(normalise(thumbnails, mean.mean(), std.mean()).flatten(1))  # (B, side * side)
-    return [torch.cat(rows) for rows in features], np.frombuffer(b"".join(hashes), np.int64)
+    return [torch.cat(rows) for rows in features], np.array(content, np.uint64), np.array(looks).reshape(n, WORDS)
 
 
 def normalise(canvases, mean, std):
@@ -375,18 +378,6 @@ def file_digest(path):
     return digest.hexdigest()
 
 
-def overlap(hashes, pretraining_hashes):
-    """How many test images were pretraining images, or None where the checkpoint does not tell; and the line on it."""
-    if pretraining_hashes is None:
-        return None, "unknown whether test images were in the pretraining set: the checkpoint does not list its images"
-    seen = np.ascontiguousarray(pretraining_hashes.numpy()).view(np.int64)
-    count = int(np.isin(hashes, seen).sum())
-    if count:
-        return count, (f"transductive: {count} of {len(hashes)} test images were in the pretraining set; a score on "
-                       f"unseen patients will be lower")
-    return count, f"none of the {len(hashes)} test images was in the pretraining set"
-
-
 def main(args):
     check_json(args.json)
     device = setup()[2]
@@ -398,21 +389,22 @@ def main(args):
     random_backbone = VisionTransformer(**info["config"]).eval()
 
     # ---- data ----
-    n, load, labels, groups, grouped_by = labelled_images(args, img_size)
+    n, load, labels, group_names, grouped_by = labelled_images(args, img_size)
     names, labels = np.unique(labels, return_inverse=True)
-    groups = np.unique(groups, return_inverse=True)[1]
+    groups = np.unique(group_names, return_inverse=True)[1]
     counts = group_confusion(labels, labels, groups, len(names), groups.max() + 1).diagonal(axis1=1, axis2=2)  # (G, K)
     for shots in args.shots:
         check_shots(counts, shots, names.tolist())
 
     # ---- features ----
     backbones = [backbone.to(device), random_backbone.to(device)]
-    features, hashes = extract(n, load, img_size, backbones, info["mean"], info["std"], args.batch_size, device)
+    features, content, looks = extract(n, load, img_size, backbones, info["mean"], info["std"], args.batch_size, device)
     features = dict(zip(("pretrained", "random init", "pixels"), features))
     if not all(x.isfinite().all() for x in features.values()):
         raise ValueError(f"{args.ckpt}: features are not finite, its pretraining diverged; take an earlier checkpoint")
-    seen, seen_line = overlap(hashes, info["hashes"])
-    copies = len(set(zip(hashes.tolist(), groups.tolist()))) - len(set(hashes.tolist()))
+    named = grouped_by.startswith(("group column", "--group_regex"))  # a folder's name elsewhere tells nothing
+    seen, seen_line, _ = overlap(info["seen"], content, looks, group_names if named else None)
+    copies = len(set(zip(content.tolist(), groups.tolist()))) - len(set(content.tolist()))
 
     # ---- report ----
     print(seen_line)

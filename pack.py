@@ -1,16 +1,17 @@
 """Pack any pile of images, once, into the memory-mapped square grey canvases that pretraining reads.
 
     python pack.py /fus2m fus2m.pack
-    python pack.py train_paths.csv train.pack --exclude '*_mask.png' --holdout test.csv
-    python pack.py /clips clips.pack --group_regex '([^/]+)_frame[0-9]+' --holdout test.csv
+    python pack.py /export_2023 train_paths.csv train.pack --exclude '*_mask.png' --holdout test.csv
+    python pack.py /clips clips.pack --group_regex '([^/]+)_frame[0-9]+' --dedup --max_per_group 200
 
 SRC is a recursive folder, a text list or a CSV; the files of a pack are described at data.Pack. What cannot be read is
-skipped, counted and listed in OUT/skipped.txt. --holdout keeps benchmark images out. An image is left out when
+skipped, counted and listed in OUT/skipped.txt. Until a pack is complete it is called OUT.part; the same command goes on
+with it after an interruption or a full disk. --holdout keeps benchmark images out. An image is left out when
 
-1. its grey pixels equal those of a holdout image: the same file under any name or link, or a lossless copy of it;
-2. its group is held out. Where a `group` column or --group_regex names groups, a group is held out if the holdout names
-   one alike, or if one of its images falls under rule 1. Where neither side names any, a source folder is held out if a
-   holdout image lies in that very folder, unless the holdout's labels show that its folders are classes.
+1. its grey pixels equal those of a holdout image, or its perceptual hash is that of one: another export of the frame;
+2. its group is held out. Where a `group` column, --group_regex or DICOM names groups, a group is held out if the
+   holdout names one alike, or if one of its images falls under rule 1. Where neither side names any, a source folder is
+   held out if a holdout image lies in that very folder, unless the holdout's labels show that its folders are classes.
 
 A line says where groups could not be compared, so that other images of a held-out patient may have stayed in.
 """
@@ -18,259 +19,300 @@ A line says where groups could not be compared, so that other images of a held-o
 import argparse
 import contextlib
 import csv
-import glob
+import errno
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import re
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
-import warnings
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data import PACK_VERSION, Pack, content_hash, list_images, load_grey, resize_square
+from data import INDEX, PACK_VERSION, Pack
+from images import ROW, Frame, count_frames, decode_all, list_images, measure
+from leakage import salted
 from phantom import phantom_images
+from selection import HELD_GROUP, REASONS, Holdout, choose, groups_of
 
-CHUNK = 8  # images a worker decodes per task: large enough to hide the round trip, small enough to bound memory
-ROW = np.dtype([("image", "i8"), ("width", "i4"), ("height", "i4"), ("hash", "u8"), ("sum", "i8"), ("squares", "i8")])
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may not pack into one folder, but nothing stops them
+    fcntl = None
+
+OPTIONS = ("exclude", "holdout", "group_regex", "canvas", "dedup", "max_per_group", "drop_colour", "crop_fan", "max_skipped")
+SAVE_EVERY = 10  # seconds between entries into the journal of an unfinished pack: what a killed run loses
+
+
+def add_arguments(parser):
+    """What a pack is made by; pretrain.py, which packs a folder by itself, takes the same flags."""
+    add, flag = parser.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
+    add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
+    add("--holdout", nargs="+", default=[], metavar="SRC", help="CSVs, lists, folders: what must stay out")
+    add("--group_regex", help="first (capture) in an image's name is its patient, examination or clip")
+    add("--canvas", type=int, default=384, help="side of the stored squares, pixels")
+    add("--dedup", **flag, help="leave out copies, and frames nearly equal to one of their group")
+    add("--max_per_group", type=int, metavar="N", help="keep N images of a group, evenly spaced: caps long clips")
+    add("--drop_colour", **flag, help="leave out colour frames: Doppler, 3-D renders")
+    add("--crop_fan", **flag, help="trim what lies outside the ultrasound fan: border, burnt-in text")
+    add("--max_skipped", type=float, default=0.5, metavar="SHARE", help="stop if more of the files cannot be read")
+
+
+def check_arguments(parser, args):
+    if not 0 <= args.max_skipped <= 1:
+        parser.error(f"--max_skipped is a share between 0 and 1, not {args.max_skipped}")
+    for name in ("canvas", "max_per_group", "workers"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+
+
+def options(args):
+    """make_pack's keyword arguments."""
+    return {name: getattr(args, name) for name in OPTIONS}
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description="Pack images into square grey canvases.", allow_abbrev=False)
-    add = parser.add_argument
-    add("source", metavar="SRC", help="recursive folder, text list (a path per line) or CSV (image[,label][,group])")
-    add("out", metavar="OUT", help="pack folder to write; must not exist")
-    add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
-    add("--holdout", nargs="+", default=[], metavar="SRC", help="folders, lists, CSVs not to train on")
-    add("--canvas", type=int, default=384, help="side of the stored square; smaller saves disk, blurs small crops")
-    add("--group_regex", help="first (capture) in the name is the group: patient, examination or clip")
-    add("--workers", type=int, help="decoding processes; default: all cores")
+    parser = argparse.ArgumentParser(description="Pack images into square grey canvases.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SRC",
+                        help="recursive folder, text list (a path per line) or CSV (image[,label][,group])")
+    parser.add_argument("out", metavar="OUT", help="pack folder to write; must not exist")
+    add_arguments(parser)
+    parser.add_argument("--workers", type=int, help="decoding processes; all cores if not given")
     args = parser.parse_args(argv)
-    for flag in ("canvas", "workers"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} is {getattr(args, flag)}, must be at least 1")
+    check_arguments(parser, args)
     return args
 
 
-def recipe(source, exclude=(), holdout=(), canvas=384, group_regex=None):
+def recipe(sources, *, exclude=(), holdout=(), max_skipped=None, **how):
     """What a pack was made from, as stored in pack.json: equal recipes make equal packs from unchanged files."""
-    return {"source": os.path.realpath(source), "exclude": list(exclude),
-            "holdout": [os.path.realpath(path) for path in holdout],
-            "canvas": canvas, "group_regex": group_regex}
+    return {"sources": [os.path.realpath(path) for path in sources], "exclude": list(exclude),
+            "holdout": [os.path.realpath(path) for path in holdout], **how}
 
 
-# ---------------------------------------------------------------- decoding, in worker processes
+# ---------------------------------------------------------------- an unfinished pack
 
-def measure(grey, canvas):
-    """uint8 (h, w) -> square (canvas, canvas), width, height, hash, sum and sum of squares of the square's pixels."""
-    square = resize_square(grey, canvas)
-    flat = square.ravel().astype(np.int64)
-    return square, grey.shape[1], grey.shape[0], int.from_bytes(content_hash(grey), "big"), flat.sum(), flat @ flat
+class Journal:
+    """The folder OUT.part, which goes on where the run before was stopped.
 
+    canvases.u8  the canvases so far
+    rows         images.ROW of each, written after its canvas has reached the disk
+    failed       JSON lines: file, frame, reason
+    begun.json   what the pack is made from, and its salt
 
-def decode(path, canvas):
-    """What measure() returns, or a string that says why the file cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata, thousands of times
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return measure(load_grey(path), canvas)
-    except UnidentifiedImageError:
-        return "not an image, or cut off in its first bytes"
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
-        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    The last file in the journal is read again: its later frames may be missing.
+    """
 
+    def __init__(self, part, made_from, names, canvas):
+        self.paths = [os.path.join(part, name) for name in ("canvases.u8", "rows", "failed")]
+        begun_path = os.path.join(part, "begun.json")
+        files = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+        begun = {"version": PACK_VERSION, "files": files, "recipe": made_from}
+        if not os.path.exists(begun_path):
+            _write_json(begun_path, {**begun, "salt": os.urandom(16).hex()})
+        found = _read_json(begun_path)
+        self.salt = bytes.fromhex(found.pop("salt"))
+        if found != begun:
+            raise ValueError(f"{part}: was begun with other arguments or other files; delete it to pack anew, or "
+                             f"choose another OUT")
+        for path in self.paths:
+            open(path, "ab").close()
+        rows = np.fromfile(self.paths[1], ROW)
+        with open(self.paths[2]) as file:
+            failed = [json.loads(line) for line in file if line.endswith("\n")]
+        self.next = max([0, *rows["image"][-1:].tolist(), *(image for image, _, _ in failed[-1:])])
+        self.rows, self.failed = [rows[rows["image"] < self.next]], [entry for entry in failed if entry[0] < self.next]
+        self.canvas, self.frames = canvas, len(self.rows[0])
+        self.waiting = [], []  # rows and failures whose canvases may not have reached the disk
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.failed)
+        self.saved, self.sizes = time.monotonic(), [self.frames * canvas ** 2, self.rows[0].nbytes, len(lines)]
+        for path, size in zip(self.paths[:2], self.sizes):
+            os.truncate(path, size)
+        with open(self.paths[2], "w") as file:
+            file.write(lines)
 
-def decode_chunk(paths, canvas):
-    return [decode(path, canvas) for path in paths]
+    def add(self, rows, canvases, failed):
+        with open(self.paths[0], "ab") as file:
+            file.write(canvases)
+        self.frames += len(rows)
+        self.waiting[0].append(rows)
+        self.waiting[1].extend(failed)
+        if time.monotonic() - self.saved > SAVE_EVERY:
+            self.save()
 
+    def save(self):
+        rows = np.concatenate([np.zeros(0, ROW), *self.waiting[0]])
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.waiting[1])
+        for number, new in enumerate((b"", rows.tobytes(), lines.encode())):
+            if number:
+                os.truncate(self.paths[number], self.sizes[number])  # of half an entry, left by a full disk
+            with open(self.paths[number], "ab") as file:
+                file.write(new)
+                file.flush()
+                os.fsync(file.fileno())
+        self.sizes[1:] = self.sizes[1] + rows.nbytes, self.sizes[2] + len(lines)
+        self.rows.append(rows)
+        self.failed += self.waiting[1]
+        self.waiting, self.saved = ([], []), time.monotonic()
 
-def start_worker():
-    """Ctrl-C is the parent's to handle; a parent that was killed must not leave its workers waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def decode_all(paths, canvas, workers=None):
-    """Yield decode() of every path, in order, with a bounded number in flight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    chunks = [paths[start:start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    workers = min(workers or cores, len(chunks))
-    if workers <= 1:
-        for chunk in chunks:
-            yield from decode_chunk(chunk, canvas)
-        return
-    # not fork: the caller may run threads (torch, CUDA), whose locks a forked child would inherit locked
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
-    pending = deque()
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(decode_chunk, chunk, canvas))
-            if len(pending) > 4 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        raise ChildProcessError(f"a decoding process died (killed, perhaps out of memory); try again with fewer "
-                                f"--workers than {workers}")
-    except BaseException:  # Ctrl-C may strike before the pool has noted a worker that it started: it would wait on it
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------- hold-out
-
-class Holdout:
-    """Group names, folders and image hashes that must stay out of a pack."""
-
-    def __init__(self, sources, group_regex, workers):
-        self.names, self.folders, paths = set(), set(), []
-        for source in sources:
-            try:
-                images = list_images(source, labelled=source.lower().endswith(".csv"))  # labels tell class folders
-            except ValueError:  # no label column
-                images = list_images(source)
-            paths += images.paths
-            if images.grouped_by == "group column":
-                self.names |= set(images.groups)
-            elif group_regex:  # names are relative to the holdout here: one without a match still counts by its pixels
-                matches = [re.search(group_regex, name) for name in images.names]
-                self.names |= {match[1] for match in matches if match}
-            elif images.labels is None or images.grouped_by == "parent folder":
-                self.folders |= {os.path.realpath(folder) for folder in set(map(os.path.dirname, images.paths))}
-        hashes = []
-        with contextlib.closing(decode_all(paths, 1, workers)) as results:  # canvas 1: only the hash is wanted
-            for path, result in zip(paths, results):
-                if isinstance(result, str):
-                    raise ValueError(f"--holdout: cannot read {path} ({result}), so its copies cannot be kept out; "
-                                     f"mend or remove it (paths in a list are relative to the list's folder)")
-                hashes.append(result[3])
-        self.hashes = np.unique(np.array(hashes, np.uint64))
-
-    def groups(self, images):
-        """The source's groups that are held out by name or folder."""
-        if images.grouped_by.startswith("image"):
-            return set()
-        held = set(images.groups) & self.names
-        if images.grouped_by == "parent folder":
-            folders = {group: os.path.dirname(path) for group, path in zip(images.groups, images.paths)}
-            held |= {group for group, folder in folders.items() if os.path.realpath(folder) in self.folders}
-        return held
-
-
-# ---------------------------------------------------------------- writing
-
-def check_out(out, images, canvas):
-    """Raise unless `out` is free and its disk has room."""
-    if os.path.lexists(out):
-        raise ValueError(f"{out}: exists already; delete it or choose another OUT")
-    parent = os.path.dirname(os.path.abspath(out))
-    os.makedirs(parent, exist_ok=True)
-    need, free = images * (canvas * canvas + 100), shutil.disk_usage(parent).free  # 100: a line of the index
-    if need > free:
-        raise ValueError(f"{parent}: {images:,} canvases of {canvas}x{canvas} need {_size(need)}, {_size(free)} are "
-                         f"free; free some or choose a smaller --canvas")
+    def __str__(self):
+        return f"{self.frames:,} images, {_size(self.frames * self.canvas ** 2)}"
 
 
 @contextlib.contextmanager
-def new_folder(out, log):
-    """A temporary folder beside `out` that becomes `out` if all goes well and vanishes if anything does not."""
-    prefix = f"{out}.tmp-{socket.gethostname()}-"
-    for old in glob.glob(glob.escape(prefix) + "*"):
-        if not _alive(old[len(prefix):]):
-            shutil.rmtree(old)
-            log(f"removed {old}, left by a run that was killed")
-    folder = prefix + str(os.getpid())
-    os.mkdir(folder)
+def unfinished(out):
+    """The folder OUT.part, ours alone while we are in it; it vanishes if nothing was packed into it."""
+    if os.path.lexists(out):
+        raise ValueError(f"{out}: exists already; delete it or choose another OUT")
+    part = f"{out}.part"
+    os.makedirs(part, exist_ok=True)
+    with open(os.path.join(part, "lock"), "w") as lock:
+        if not _lock(lock):
+            raise BlockingIOError(f"{part}: another process is packing there")
+        try:
+            if os.path.lexists(out):
+                raise BlockingIOError(f"{out}: another process has just packed it")
+            yield part
+        finally:
+            canvases = os.path.join(part, "canvases.u8")
+            if os.path.exists(part) and not (os.path.exists(canvases) and os.path.getsize(canvases)):
+                shutil.rmtree(part)
+
+
+def _lock(file):
+    """Whether the lock is ours now; the system takes it back when this process ends, however that happens."""
+    with contextlib.suppress(BlockingIOError):
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def check_disk(part, paths, canvas):
+    """Raise unless the disk has room for all frames of the files, judged by the frames of some of them."""
+    some = paths[::max(1, len(paths) // 64)]
+    frames = sum(map(count_frames, some)) * len(paths) / max(len(some), 1)
+    need, free = frames * (canvas * canvas + 400), shutil.disk_usage(part).free  # 400: lines of journal and tables
+    if need > free:
+        raise ValueError(f"{os.path.dirname(os.path.abspath(part))}: about {frames:,.0f} canvases of {canvas}x{canvas} "
+                         f"need {_size(need)}, {_size(free)} are free; free some or choose a smaller --canvas")
+
+
+def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
+    """Decode the files `todo` (ascending numbers in `images`), those the journal has not, into the journal."""
+    todo = todo[np.searchsorted(todo, journal.next):]
+    bad, done, shown = len({image for image, _, _ in journal.failed}), 0, time.monotonic()
+    begun, paths = shown, [images.paths[number] for number in todo]
+    bar = tqdm(total=len(todo), unit=" files", disable=None, dynamic_ncols=True, smoothing=0.05)
     try:
-        yield folder
-        os.rename(folder, out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(folder, ignore_errors=True)
+        with bar, contextlib.closing(decode_all(paths, journal.canvas, crop_fan, journal.salt, workers)) as decoded:
+            for ended, rows, canvases, failed in decoded:
+                rows["image"] = todo[rows["image"]]
+                journal.add(rows, canvases, [(int(todo[number]), frame, reason) for number, frame, reason in failed])
+                bad += len(failed)
+                if bad > max_skipped * len(images.names):
+                    number, _, reason = failed[-1]
+                    raise ValueError(f"{bad:,} of {len(images.names):,} files cannot be read, over --max_skipped "
+                                     f"{max_skipped}; the last: {paths[number]}: {reason}. Is this the source you meant? "
+                                     f"With a higher --max_skipped the same command goes on")
+                bar.set_postfix_str(str(journal), refresh=False)
+                bar.update(ended - done)
+                done = ended
+                if bar.disable and time.monotonic() - shown > 60:
+                    shown, rate = time.monotonic(), done / (time.monotonic() - begun)
+                    log(f"{done:,} of {len(todo):,} files | {journal} | {rate:.0f} files/s | "
+                        f"{(len(todo) - done) / max(rate, 1e-9) / 3600:.2f} h left")
+        journal.save()
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk: what was saved before stays
+            journal.save()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise OSError(f"{journal.paths[0]}: the disk is full after {journal}; free some room, then the same command "
+                          f"goes on from there") from error
         raise
 
 
-def _alive(pid):
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return int(pid) != os.getpid()  # our own number on a folder that we did not make: its owner is gone
+# ---------------------------------------------------------------- from an unfinished pack to a pack
 
+def write_tables(part, rows, groups, keep, names, canvas, salt, **info):
+    """Write all of a pack but its canvases, which settle() brings into the order of the tables.
 
-def write_canvases(folder, decoded, indices):
-    """Append what decode() yields to canvases.u8 -> rows (ROW, per readable image), {index: reason of the others}."""
-    rows, reasons = np.zeros(len(indices), ROW), {}
-    count = 0
-    with contextlib.closing(decoded), open(os.path.join(folder, "canvases.u8"), "wb") as file:
-        for index, result in tqdm(zip(indices, decoded), total=len(indices), unit=" images", disable=None):
-            if isinstance(result, str):
-                reasons[index] = result
-                continue
-            square, *numbers = result
-            file.write(square)
-            rows[count] = (index, *numbers)
-            count += 1
-    return rows[:count], reasons
-
-
-def drop_rows(folder, rows, keep, canvas):
-    """Close the gaps that dropped rows leave in canvases.u8, in place -> the kept rows."""
-    path, kept = os.path.join(folder, "canvases.u8"), np.flatnonzero(keep)
-    canvases = np.memmap(path, np.uint8, "r+", shape=(len(rows), canvas * canvas))
-    for target, origin in enumerate(kept):
-        if target != origin:
-            canvases[target] = canvases[origin]
-    canvases.flush()
-    os.truncate(path, len(kept) * canvas * canvas)
-    return rows[kept]
-
-
-def write_index(folder, rows, names, groups, canvas, **info):
-    """Write index.csv and pack.json; groups are numbered in order of appearance -> the number of groups."""
-    numbers, digest = {}, hashlib.sha256(str(canvas).encode())
-    with open(os.path.join(folder, "index.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    The last kept canvases move into the gaps that dropped ones leave: what moves is never overwritten, so that a run
+    killed amid the moves repeats them.
+    """
+    kept, order = np.flatnonzero(keep), np.arange(keep.sum())
+    gaps = np.flatnonzero(~keep[:len(kept)])
+    order[gaps] = kept[kept >= len(kept)]  # (images,): where each image's canvas lies now
+    np.save(os.path.join(part, "moves.npy"), np.stack((gaps, order[gaps]), axis=1))
+    rows, groups = rows[order], groups[order]
+    _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
+    numbers = np.argsort(np.argsort(first))[group_of]  # groups counted in order of appearance
+    digest = hashlib.sha256(str(canvas).encode())
+    with open(os.path.join(part, "index.csv"), "w") as index:
+        index.write(",".join(INDEX.names) + "\n")
+        columns = (rows["width"], rows["height"], numbers, rows["hash"], rows["looks"], rows["colour"], rows["mm"])
+        for width, height, number, content, looks, colour, mm in zip(*(column.tolist() for column in columns)):
+            line = (f"{width},{height},{number},{content:016x},{''.join(f'{word:016x}' for word in looks)},{colour},"
+                    f"{mm[0]:.6g},{mm[1]:.6g}\n")
+            index.write(line)
+            digest.update(line.encode())
+    with open(os.path.join(part, "groups.csv"), "w") as file:
+        file.write("group,digest\n")
+        file.writelines(f"{number},{group:016x}\n" for number, group in enumerate(groups[np.sort(first)].tolist()))
+    with open(os.path.join(part, "names.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "width", "height", "group", "hash"])
-        for image, width, height, pixels_hash, _, _ in rows.tolist():
-            row = [width, height, numbers.setdefault(groups[image], len(numbers)), f"{pixels_hash:016x}"]
-            writer.writerow([names[image], *row])
-            digest.update((",".join(map(str, row)) + "\n").encode())
+        writer.writerow(["name", "frame"])
+        writer.writerows((names[image], frame) for image, frame in rows[["image", "frame"]].tolist())
     # Python integers are exact, so the moments depend neither on order nor on workers
     count = len(rows) * canvas * canvas
     total, squares = sum(rows["sum"].tolist()), sum(rows["squares"].tolist())
     std = (count * squares - total * total) ** 0.5 / count / 255
-    info = {"version": PACK_VERSION, "images": len(rows), "canvas": canvas, "mean": total / count / 255, "std": std,
-            "groups": len(numbers), "digest": digest.hexdigest(), **info}
-    with open(os.path.join(folder, "pack.json"), "w") as file:
-        json.dump(info, file, indent=1)
-    return len(numbers)
+    _write_json(os.path.join(part, "pack.json"), {
+        "version": PACK_VERSION, "images": len(rows), "canvas": canvas, "mean": total / count / 255, "std": std,
+        "groups": len(first), "digest": digest.hexdigest(), "salt": salt.hex(), **info})
 
 
-def _write_skipped(folder, names, reasons):
+def write_skipped(part, reasons):
+    """skipped.txt: name, tab, reason, a line each."""
     escape = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-    with open(os.path.join(folder, "skipped.txt"), "w", encoding="utf-8", errors="surrogateescape") as file:
-        for index in sorted(reasons):
-            file.write(f"{names[index].translate(escape)}\t{reasons[index].translate(escape)}\n")
+    with open(os.path.join(part, "skipped.txt"), "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(f"{name.translate(escape)}\t{reason.translate(escape)}\n" for name, reason in reasons)
+
+
+def settle(part, out):
+    """Bring the canvases into the order of the tables, and give the pack its name; can be repeated after a crash."""
+    info = _read_json(os.path.join(part, "pack.json"))
+    path, size = os.path.join(part, "canvases.u8"), info["canvas"] ** 2
+    if os.path.getsize(path) > info["images"] * size:
+        canvases = np.memmap(path, np.uint8, "r+").reshape(-1, size)
+        for target, origin in np.load(os.path.join(part, "moves.npy")).tolist():
+            canvases[target] = canvases[origin]
+        canvases.flush()
+        del canvases
+        os.truncate(path, info["images"] * size)
+    for name in ("rows", "failed", "begun.json", "moves.npy"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(part, name))
+    os.rename(part, out)
+    os.remove(os.path.join(out, "lock"))
+    return info
+
+
+def _write_json(path, content):
+    """All of it or nothing: what is half written has another name."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def _read_json(path):
+    with open(path) as file:
+        return json.load(file)
 
 
 def _size(count):
@@ -279,92 +321,140 @@ def _size(count):
 
 # ---------------------------------------------------------------- the two packs
 
-def make_pack(source, out, exclude=(), holdout=(), canvas=384, group_regex=None, workers=None, log=print):
-    """Write the pack `out` of all images of `source`; OSError or ValueError says in a sentence what went wrong."""
+def make_pack(sources, out, *, exclude=(), holdout=(), canvas=384, group_regex=None, dedup=False, max_per_group=None,
+              drop_colour=False, crop_fan=False, max_skipped=0.5, workers=None, log=print):
+    """Write the pack `out` of all images of the sources; OSError or ValueError says in a sentence what went wrong."""
     out = os.path.normpath(out)
-    images = list_images(source, exclude, group_regex)
-    check_out(out, len(images.paths), canvas)
-    held = Holdout(holdout, group_regex, workers)
-    held_groups = held.groups(images)
-    todo = [index for index, group in enumerate(images.groups) if group not in held_groups]
-    with new_folder(out, log) as folder:
-        decoded = decode_all([images.paths[index] for index in todo], canvas, workers)
-        rows, reasons = write_canvases(folder, decoded, todo)
-        unreadable = len(reasons)
-        if todo and unreadable == len(todo):
-            first = min(reasons)
-            raise ValueError(f"{source}: none of {unreadable:,} images can be read; first: {images.names[first]}: "
-                             f"{reasons[first]}")
+    made_from = recipe(sources, exclude=exclude, holdout=holdout, canvas=canvas, group_regex=group_regex, dedup=dedup,
+                       max_per_group=max_per_group, drop_colour=drop_colour, crop_fan=crop_fan)
+    images = list_images(sources, exclude, group_regex)
+    with unfinished(out) as part:
+        tables = os.path.join(part, "pack.json")
+        if not os.path.exists(tables):
+            fill(part, images, made_from, max_skipped, workers, log)
+        elif _read_json(tables)["recipe"] != made_from:
+            raise ValueError(f"{part}: was begun with other arguments; delete it to pack anew, or choose another OUT")
+        info = settle(part, out)
+    report(info, out, log)
 
-        identical = np.isin(rows["hash"], held.hashes)
-        named = images.grouped_by != "parent folder" and not images.grouped_by.startswith("image")
-        if named:  # a blank frame is identical to blank frames of other patients: it goes, its group stays
-            blank = rows["sum"] ** 2 == rows["squares"] * canvas ** 2
-            held_groups |= {images.groups[index] for index in rows["image"][identical & ~blank]}
-        reasons.update((index, "held out (identical image)") for index in rows["image"][identical].tolist())
-        for index, group in enumerate(images.groups):
-            if group in held_groups:
-                reasons.setdefault(index, f"held out (group {group})")
-        keep = np.array([index not in reasons for index in rows["image"].tolist()], bool)
-        if not keep.any():
-            raise ValueError(f"{source}: all {len(images.paths) - unreadable:,} images are held out; see --holdout")
-        rows = drop_rows(folder, rows, keep, canvas)
 
-        by_pixels = int(identical.sum())
-        by_group = len(reasons) - unreadable - by_pixels
-        groups = write_index(folder, rows, images.names, images.groups, canvas, grouped_by=images.grouped_by,
-                             skipped=unreadable, held_out_by_group=by_group, held_out_identical=by_pixels,
-                             recipe=recipe(source, exclude, holdout, canvas, group_regex))
-        _write_skipped(folder, images.names, reasons)
+def fill(part, images, made_from, max_skipped, workers, log):
+    """Read what the journal has not, choose what stays and write the tables."""
+    canvas, names = made_from["canvas"], images.names
+    journal = Journal(part, made_from, names, canvas)
+    if journal.next:
+        log(f"going on with {part}: {journal.next:,} of {len(names):,} files are read ({journal})")
+    check_disk(part, images.paths[journal.next:], canvas)
+    digests = np.array([salted(group, journal.salt) for group in images.groups], np.uint64)  # (files,)
+    held = Holdout(made_from["holdout"], made_from["group_regex"], journal.salt, workers)
+    held_groups = held.known_groups(images, digests)
+    skip = np.isin(digests, held_groups)  # not even read
+    decode_into(journal, images, np.flatnonzero(~skip), made_from["crop_fan"], max_skipped, workers, log)
 
-    log(f"{len(rows):,} images, {groups:,} groups by {images.grouped_by} -> {out} ({_size(len(rows) * canvas ** 2)})")
-    if holdout:
-        log(f"held out: {by_group:,} images of {len(held_groups):,} groups, {by_pixels:,} identical images")
-        if by_group and images.grouped_by == "parent folder":
+    rows, failed = np.concatenate(journal.rows), journal.failed
+    groups, named, grouped_by = groups_of(rows, images, digests)
+    held_groups = np.union1d(held_groups, held.groups[np.isin(held.groups, groups[named])])
+    why, counts = choose(rows, groups, named, held, held_groups, canvas,
+                         *(made_from[name] for name in ("dedup", "max_per_group", "drop_colour")))
+    if not (why == 0).any():
+        os.remove(journal.paths[0])  # nothing to go on with
+        if not len(rows) and failed:
+            raise ValueError(f"none of {len(failed):,} files can be read; first: {names[failed[0][0]]}: "
+                             f"{failed[0][2]}")
+        raise ValueError(f"all {len(rows) + skip.sum():,} images are held out or dropped; see --holdout, --drop_colour")
+    counts["held_out_by_group"] += int(skip.sum())
+    write_skipped(part, list_reasons(rows, why, groups == digests[rows["image"]], failed, np.flatnonzero(skip), images))
+    write_tables(part, rows, groups, why == 0, names, canvas, journal.salt, grouped_by=grouped_by, files=len(names),
+                 skipped=len(failed), closed=len(images.closed), held_out_groups=counts.pop("held_groups"),
+                 groups_named=bool(named.all()),
+                 groups_missed=bool(not named.all() and (len(held.groups) or counts["held_out_identical"])),
+                 recipe=made_from, **counts)
+
+
+def list_reasons(rows, reason, by_listing, failed, unread, images):
+    """(name, reason) of all that is left out, file by file; by_listing (n,): whether a row's group is its file's."""
+    several = np.bincount(rows["image"], minlength=len(images.names)) > 1
+    entries = [(image, frame, f"from frame {frame} on: {why}" if frame else why) for image, frame, why in failed]
+    entries += [(image, 0, f"held out (group {images.groups[image]})") for image in unread.tolist()]
+    for number in np.flatnonzero(reason).tolist():
+        image, frame, why = int(rows["image"][number]), int(rows["frame"][number]), REASONS[reason[number]]
+        if reason[number] == HELD_GROUP and by_listing[number]:
+            why = f"held out (group {images.groups[image]})"
+        entries.append((image, frame, f"frame {frame}: {why}" if several[image] else why))
+    return [*images.closed, *((images.names[image], why) for image, _, why in sorted(entries))]
+
+
+def report(info, out, log):
+    """Say what a pack holds, what was found in the images, and what was left out."""
+    made, counts = info["recipe"], {key: f"{value:,}" for key, value in info.items() if type(value) is int}
+    log(f"{counts['images']} images, {counts['groups']} groups by {info['grouped_by']} -> {out} "
+        f"({_size(info['images'] * info['canvas'] ** 2)})")
+    if made["holdout"]:
+        log(f"held out: {counts['held_out_by_group']} images of {counts['held_out_groups']} groups, "
+            f"{counts['held_out_identical']} identical images, {counts['held_out_alike']} look-alikes")
+        if info["held_out_by_group"] and info["grouped_by"] == "parent folder":
             log("  whole folders are held out; if a folder is not one patient or clip, name groups by --group_regex")
-        elif not named and (by_pixels or held.names):
-            log(f"  WARNING: the source's groups go by {images.grouped_by}: other images of held-out patients or clips "
-                f"may remain in; name groups by --group_regex or a group column")
-    if unreadable:
-        log(f"skipped: {unreadable:,} unreadable images")
-    if reasons:
+        elif info["groups_missed"]:
+            log(f"  WARNING: the source's groups go by {info['grouped_by']}: other images of held-out patients or "
+                f"clips may remain in; name groups by --group_regex or a group column")
+    if info["equal"] or info["near"]:
+        log(f"duplicates: {counts['equal']} images equal an earlier one ({counts['equal_across_groups']} one of another "
+            f"group), {counts['near']} nearly equal one of their group: "
+            + ("left out" if made["dedup"] else "kept; --dedup leaves them out"))
+    if info["colour"]:
+        log(f"colour: {counts['colour']} images: "
+            + ("left out" if made["drop_colour"] else "kept; --drop_colour leaves them out"))
+    if info["over_max_per_group"]:
+        log(f"over --max_per_group {made['max_per_group']}: {counts['over_max_per_group']} images left out")
+    if info["skipped"]:
+        log(f"skipped: {counts['skipped']} unreadable images")
+    if info["closed"]:
+        log(f"skipped: {counts['closed']} folders that could not be opened")
+    if os.path.getsize(os.path.join(out, "skipped.txt")):
         log(f"  listed in {os.path.join(out, 'skipped.txt')}")
-    if 2 * unreadable > len(images.paths):
-        log(f"WARNING: {unreadable:,} of {len(images.paths):,} images cannot be read: is {source} what you meant?")
 
 
 def pack_phantoms(out, images=12000, canvas=64, seed=0, log=print):
     """Write a pack of drawn images, phantom.py's, instead of real ones."""
     out = os.path.normpath(out)
-    check_out(out, images, canvas)
     pixels, _, groups = phantom_images(images, canvas, seed)
-    with new_folder(out, log) as folder:
-        rows, _ = write_canvases(folder, (measure(grey, canvas) for grey in pixels), range(images))
-        names = [f"phantom_{index:06d}" for index in range(images)]
-        count = write_index(folder, rows, names, groups.tolist(), canvas, grouped_by="phantom patient", skipped=0,
-                            held_out_by_group=0, held_out_identical=0,
-                            recipe={"phantoms": images, "canvas": canvas, "seed": seed})
-        _write_skipped(folder, names, {})
-    log(f"{images:,} phantom images, {count:,} groups by phantom patient -> {out} ({_size(images * canvas ** 2)})")
+    names = [f"phantom_{index:06d}" for index in range(images)]
+    made_from = {"phantoms": images, "canvas": canvas, "seed": seed}
+    with unfinished(out) as part:
+        journal = Journal(part, made_from, names, canvas)
+        rows = np.zeros(images, ROW)
+        for number, grey in enumerate(pixels):
+            rows[number], _ = measure(Frame(grey, False, (0, 0), "", ""), canvas, None, b"")
+        rows["image"] = np.arange(images)
+        pixels.tofile(journal.paths[0])
+        digests = np.array([salted(str(group), journal.salt) for group in groups], np.uint64)
+        write_skipped(part, [])
+        write_tables(part, rows, digests, np.ones(images, bool), names, canvas, journal.salt, grouped_by="phantom patient",
+                     recipe=made_from)
+        settle(part, out)
+    log(f"{images:,} phantom images, {len(set(groups.tolist())):,} groups by phantom patient -> {out} "
+        f"({_size(images * canvas ** 2)})")
 
 
-def open_pack(source, folder, is_first, **how):
-    """What pretraining reads: `source` if it is a pack, else the pack `folder`, made from `source` if not there yet.
+def open_pack(sources, folder, is_first, **how):
+    """What pretraining reads: the one source if it is a pack, else the pack `folder`, made from the sources if not there.
 
-    Only the first process of a machine makes it; the others wait for the folder, which appears when it is complete.
+    Only the first process of a machine makes it, and of several machines that share the folder only one; the others
+    wait for the folder, which appears when it is complete.
     """
-    if os.path.exists(os.path.join(source, "pack.json")):
+    packs = [source for source in sources if os.path.exists(os.path.join(source, "pack.json"))]
+    if packs:
+        if len(sources) > 1:
+            raise ValueError(f"{packs[0]} is a pack: it must be the only --data; pack all images into one by pack.py")
         if how["exclude"] or how["holdout"] or how["group_regex"]:
-            raise ValueError(f"{source} is a pack already: give --exclude, --holdout and --group_regex to pack.py")
-        return Pack(source)
-    if is_first:
-        if os.path.exists(folder):
-            print(f"using {folder}, packed earlier (delete it to pack {source} again)", flush=True)
-        else:
-            print(f"packing {source} once, into {folder}", flush=True)
-            make_pack(source, folder, **how)
-    data = _wait_for(folder)
-    if data.info["recipe"] != recipe(source, **how):
+            raise ValueError(f"{packs[0]} is a pack already: give --exclude, --holdout, --group_regex to pack.py")
+        return Pack(packs[0])
+
+    def make():
+        print(f"packing {', '.join(sources)} once, into {folder}", flush=True)
+        make_pack(sources, folder, **how, log=functools.partial(print, flush=True))
+    data = make_or_wait(folder, is_first, make)
+    if data.info["recipe"] != recipe(sources, **how):
         raise ValueError(f"{folder} was packed with other arguments ({data.info['recipe']}): delete it to pack again, "
                          f"or choose another --output_dir")
     return data
@@ -372,15 +462,19 @@ def open_pack(source, folder, is_first, **how):
 
 def open_phantoms(folder, images, canvas, seed, is_first):
     """The pack `folder` of phantom images, drawn if not there yet."""
-    if is_first and not os.path.exists(folder):
-        pack_phantoms(folder, images, canvas, seed)
-    data = _wait_for(folder)
+    data = make_or_wait(folder, is_first, lambda: pack_phantoms(folder, images, canvas, seed))
     if data.info["recipe"] != {"phantoms": images, "canvas": canvas, "seed": seed}:
         raise ValueError(f"{folder} holds other images ({data.info['recipe']}): delete it, or choose another --output_dir")
     return data
 
 
-def _wait_for(folder):
+def make_or_wait(folder, is_first, make):
+    """The pack `folder`, made by one process; the others look for it every half second, however long it takes."""
+    if os.path.exists(folder) and is_first:
+        print(f"using {folder}, packed earlier (delete it to pack again)", flush=True)
+    elif is_first:
+        with contextlib.suppress(BlockingIOError):  # a process of another machine is at it
+            make()
     while not os.path.exists(folder):
         time.sleep(0.5)
     return Pack(folder)
@@ -390,13 +484,13 @@ def main(args):
     def terminate(*_):
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)  # both leave no half pack
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        make_pack(**vars(args))
+        make_pack(args.sources, args.out, **options(args), workers=args.workers)
     except (OSError, ValueError) as error:
         sys.exit(f"pack.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("pack.py: interrupted, nothing written")
+        sys.exit(f"pack.py: interrupted; the same command goes on from what {os.path.normpath(args.out)}.part holds")
 
 
 if __name__ == "__main__":

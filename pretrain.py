@@ -48,24 +48,21 @@ PRESETS = {
 }
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
 PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir"}  # kept out of last.pt: they can name patients
-NOT_RECIPE = PATHS | {"canvas", "num_workers", "log_every", "save_every", "reference_ops", "preset",
+NOT_RECIPE = PATHS | {*pack.OPTIONS, "num_workers", "log_every", "save_every", "reference_ops", "preset", "preview",
                       "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations", "dry_run"}
 
 
 def get_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with a GPU and --data, else cpu")
-    first.add_argument("--data", help="folder of images, text or CSV list, or a pack; without it phantom images")
+    first.add_argument("--data", nargs="+", help="folders, text or CSV lists, or a pack; without it phantom images")
     chosen, _ = first.parse_known_args(argv)
     preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
-    p.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
-    p.add_argument("--holdout", nargs="+", default=[], help="CSVs, lists or folders whose images and groups stay out")
-    p.add_argument("--group_regex", help="first (capture) in an image's name is its patient, examination or clip")
-    p.add_argument("--canvas", type=int, default=384, help="side of the square frames in a new pack, pixels")
+    pack.add_arguments(p)
     p.add_argument("--output_dir", default=".", help="where last.pt, log.jsonl and a new pack go")
     p.add_argument("--num_workers", type=int, default=4, help="processes that read the pack, per GPU")
     # model
@@ -85,10 +82,13 @@ def get_args(argv=None):
     p.add_argument("--local_crops_number", type=int, default=8, help="local crops per image")
     p.add_argument("--local_crops_size", type=int, default=96, help="pixels")
     p.add_argument("--local_crops_scale", type=float, nargs=2, default=[0.05, 0.32], help="share of the image's area")
+    p.add_argument("--flip", choices=("vertical", "horizontal", "none"), default="vertical",
+                   help="of half the crops: vertical is UltraDINO's, horizontal is what turning a probe does")
     p.add_argument("--blur_compat", action=argparse.BooleanOptionalAction, default=True,
                    help="blur crops as DINOv2's released code does (probabilities 0, 0.9, 0.5), not as written (1, 0.1, 0.5)")
     p.add_argument("--mask_sample_probability", type=float, default=0.5, help="share of global crops that are masked")
     p.add_argument("--mask_ratio_min_max", type=float, nargs=2, default=[0.1, 0.5], help="share of patches masked in them")
+    p.add_argument("--mask_tissue", **flag, help="masked patches that are black count in no iBOT loss or target")
     # losses
     p.add_argument("--centering", choices=("centering", "sinkhorn_knopp"), default="centering",
                    help="how teacher targets are balanced; sinkhorn_knopp is steadier with small batches")
@@ -118,6 +118,7 @@ def get_args(argv=None):
     p.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
     p.add_argument("--dry_run", **flag, help="print what the run would cost in memory, work and time, and stop; needs no data")
+    p.add_argument("--preview", **flag, help="draw a few images' crops into OUTPUT_DIR/preview.png, over any, and stop")
     p.add_argument("--reference_ops", **flag, help="plain torch instead of the Triton kernels, to compare the two")
     p.set_defaults(**{**PRESETS[preset], "preset": preset})
     args = p.parse_args(argv)
@@ -126,12 +127,12 @@ def get_args(argv=None):
 
 
 def check_args(p, args):
+    pack.check_arguments(p, args)
     for name in ("global_crops_size", "local_crops_size"):
         if getattr(args, name) % args.patch_size:
             p.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
-    for name, least in (("batch_size_per_gpu", 1), ("accum_iter", 1), ("total_samples", 1), ("save_every", 1),
-                        ("log_every", 1), ("canvas", 1), ("head_n_prototypes", 2), ("local_crops_number", 0),
-                        ("num_workers", 0), ("seed", 0), ("num_register_tokens", 0)):
+    for name, least in dict(batch_size_per_gpu=1, accum_iter=1, total_samples=1, save_every=1, log_every=1, seed=0,
+                            head_n_prototypes=2, local_crops_number=0, num_workers=0, num_register_tokens=0).items():
         if getattr(args, name) < least:
             p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
     for name in ("teacher_temp", "warmup_teacher_temp", "clip_grad", "base_lr", "init_std"):
@@ -156,9 +157,8 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = VisionTransformer(**config)
         for name in ("dino_head", "ibot_head") if args.separate_head else ("dino_head",):
-            setattr(self, name, DINOHead(config["embed_dim"], args.head_n_prototypes,
-                                         hidden_dim=args.head_hidden_dim, bottleneck_dim=args.head_bottleneck_dim,
-                                         init_std=args.init_std))
+            setattr(self, name, DINOHead(config["embed_dim"], args.head_n_prototypes, hidden_dim=args.head_hidden_dim,
+                                         bottleneck_dim=args.head_bottleneck_dim, init_std=args.init_std))
 
     def patch_head(self):
         return self.ibot_head if hasattr(self, "ibot_head") else self.dino_head
@@ -294,7 +294,7 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
 
     buffers: (student's, teacher's) flatten_parameters. values: this step's schedules. centers (2, K), changed in place.
     Returns stats (10,): the four weighted terms, entropy and information of targets, gradient norms of backbone and
-    heads, 1 if everything was finite, and how many ranks want to stop. If not finite, nothing was changed.
+    heads, 1 if all is finite (else nothing was changed), ranks that want to stop; --mask_tissue: share of tissue (11,).
     """
     dtype, temp, terms, student_buffers = getattr(torch, args.dtype), values["teacher_temp"], [], buffers[0]
     cast = torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32)
@@ -308,12 +308,12 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
         (dino + ibot + koleo).backward()  # outside autocast: what was kept in float32 stays there
         terms.append(torch.stack((weights[0] * local, dino - weights[0] * local, ibot, koleo)).detach())
     health, terms = target_health(targets[0][0], temp), torch.stack(terms).sum(0)  # (2,), (4,)
+    if args.mask_tissue:
+        health = torch.cat((health, torch.stack([micro["tissue"] for micro in micros]).mean()[None]))
 
     stats = all_reduce(torch.cat((terms, health * len(micros) * args.batch_size_per_gpu / batch,
                                   terms.new_full((1,), float(stop)))))
-    for _, grads in student_buffers:
-        all_reduce(grads)
-    norms = torch.stack([grads.norm() for _, grads in student_buffers])
+    norms = torch.stack([all_reduce(grads).norm() for _, grads in student_buffers])
     finite = (norms.isfinite().all() & stats.isfinite().all()).float()
     for (_, grads), norm in zip(student_buffers, norms):
         grads.mul_((args.clip_grad / (norm + 1e-6)).clamp(max=1))
@@ -327,16 +327,15 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
         teacher_flat.lerp_(student_flat, (1 - values["momentum"]) * finite)
         grads.zero_()
     centers.copy_(torch.where(finite > 0, new_centers, centers))
-    return torch.cat((stats[:6], norms[:1], norms[1:].max()[None], finite[None], stats[6:]))
+    return torch.cat((stats[:6], norms[:1], norms[1:].max()[None], finite[None], stats[-1:], stats[6:-1]))
 
 
 def schedules(args, steps, batch):
     """Every value that changes over the run: dict of arrays (steps,)."""
     warmup, temp_warmup, frozen = (int(fraction * steps) for fraction in (
         args.warmup_fraction, args.warmup_teacher_temp_fraction, args.freeze_last_layer_fraction))
-    lr = args.base_lr * math.sqrt(batch / LR_BATCH)
     return {
-        "lr": runtime.cosine_schedule(lr, MIN_LR, steps, warmup),
+        "lr": runtime.cosine_schedule(args.base_lr * math.sqrt(batch / LR_BATCH), MIN_LR, steps, warmup),
         "weight_decay": runtime.cosine_schedule(args.weight_decay, args.weight_decay_end, steps),
         "momentum": runtime.cosine_schedule(args.momentum_teacher, FINAL_MOMENTUM, steps),
         "teacher_temp": runtime.linear_then_constant(args.warmup_teacher_temp, args.teacher_temp, steps, temp_warmup),
@@ -346,10 +345,9 @@ def schedules(args, steps, batch):
 
 def draw_drops(backbone, micros, seed, step, rank):
     """Drop-path draws of a rank's micro-batches, before any forward."""
-    extra = 1 + backbone.num_register_tokens
     for number, micro in enumerate(micros):
         rng = np.random.default_rng(np.random.SeedSequence((seed, step, rank, number)))
-        shapes = [(len(crops), extra + (crops.shape[-1] // backbone.patch_size) ** 2)
+        shapes = [(len(crops), 1 + backbone.num_register_tokens + (crops.shape[-1] // backbone.patch_size) ** 2)
                   for crops in (micro["global_crops"], micro["local_crops"])]
         yield backbone.draw_drop_path(shapes, rng)
 
@@ -358,11 +356,10 @@ def draw_drops(backbone, micros, seed, step, rank):
 
 def open_data(args):
     """The pack to train on, made first, once, if --data is a folder or a list or absent."""
-    folder = os.path.join(args.output_dir, os.path.basename(os.path.abspath(args.data or "phantoms")) + ".pack")
+    folder = os.path.join(args.output_dir, os.path.basename(os.path.abspath(args.data[0] if args.data else "phantoms")) + ".pack")
     if not args.data:
         return pack.open_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED, runtime.is_first_on_machine())
-    return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), exclude=args.exclude, holdout=args.holdout,
-                          canvas=args.canvas, group_regex=args.group_regex)
+    return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), **pack.options(args))
 
 
 def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, data):
@@ -370,9 +367,8 @@ def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, da
     return {"teacher": runtime.cpu_copy(teacher.state_dict()), "student": runtime.cpu_copy(student.state_dict()),
             "optimizer": optimizer.state_dict(), "centers": centers.cpu(), "step": step,
             "samples": step * identity["batch"], "config": backbone_config(args), "mean": data.mean, "std": data.std,
-            "args": {key: value for key, value in vars(args).items() if key not in PATHS},
-            "hashes": torch.from_numpy(data.hashes.copy()), "identity": identity,
-            "commit": runtime.git_commit(), "torch": str(torch.__version__)}
+            "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "seen": data.digests(),
+            "identity": identity, "commit": runtime.git_commit(), "torch": str(torch.__version__)}
 
 
 def read_stats(pending, batches, data):
@@ -381,7 +377,7 @@ def read_stats(pending, batches, data):
     if copied:
         copied.synchronize()
     values = dict(zip(("dino_local", "dino_global", "ibot", "koleo", "target_entropy", "target_information",
-                       "grad_norm_backbone", "grad_norm_heads", "finite", "stop"), stats.tolist()))
+                       "grad_norm_backbone", "grad_norm_heads", "finite", "stop", "tissue"), stats.tolist()))
     if not values["finite"]:
         terms = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:8])
         raise ValueError(f"step {step} is not finite ({terms}): its update was not applied and the last checkpoint is "
@@ -391,9 +387,9 @@ def read_stats(pending, batches, data):
 
 def show_start(args, network, data, steps, batch, schedule, device, world_size):
     runtime.show_run(args, device, world_size)
-    print(f"preset {args.preset} | {args.dtype} | {kernels.mode(device)}")
-    print(f"{args.arch}: {sum(p.numel() for p in network.backbone.parameters()):,} parameters in the backbone | {len(data):,} images, {data.info['groups']:,} "
-          f"groups by {data.info['grouped_by']} | mean {data.mean:.4f} std {data.std:.4f}")
+    print(f"{kernels.mode(device)} | {args.arch}: {sum(p.numel() for p in network.backbone.parameters()):,} parameters "
+          f"in the backbone | {len(data):,} images, {data.info['groups']:,} groups by {data.info['grouped_by']} | "
+          f"mean {data.mean:.4f} std {data.std:.4f}")
     print(f"{steps:,} steps of {batch} images = {steps * batch:,} ({steps * batch / len(data):.1f} epochs) | "
           f"lr {schedule['lr'].max():.3g} | log K = {math.log(args.head_n_prototypes):.3f}: a dino loss that stays "
           f"there has learned nothing", flush=True)
@@ -401,9 +397,9 @@ def show_start(args, network, data, steps, batch, schedule, device, world_size):
 
 def main(args):
     # ---- setup ----
-    if args.dry_run:
-        from tools.dry_run import dry_run
-        return dry_run(args)
+    if args.dry_run or args.preview:
+        from tools import dry_run, preview
+        return dry_run.dry_run(args) if args.dry_run else preview.preview(args)
     os.makedirs(args.output_dir, exist_ok=True)
     data = open_data(args)  # before the process group: packing takes longer than a collective waits
     received = runtime.stop_on_signals()
@@ -440,9 +436,8 @@ def main(args):
 
     # ---- data ----
     batches = PretrainBatches(data, args, rank, world_size)
-    loader = iter(torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, steps), num_workers=args.num_workers,
-        pin_memory=device.type == "cuda", worker_init_fn=runtime.ignore_signals))
+    loader = batches.loader(range(start, steps), args.num_workers, pin_memory=device.type == "cuda",
+                            worker_init_fn=runtime.ignore_signals)
 
     # ---- loop ----
     bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
@@ -485,9 +480,8 @@ def main(args):
 def log_step(log_path, bar, step, steps, batch, record, values, images_per_s, waiting):
     dino = record["dino_local"] + record["dino_global"]
     record = dict(step=step, samples=step * batch, loss=dino + record["ibot"] + record["koleo"], dino=dino, **record,
-                  lr=values["lr"], weight_decay=values["weight_decay"], momentum=values["momentum"],
-                  teacher_temp=values["teacher_temp"], images_per_s=images_per_s, data_wait=waiting,
-                  hours_left=(steps - step) * batch / images_per_s / 3600)
+                  **{name: values[name] for name in ("lr", "weight_decay", "momentum", "teacher_temp")},
+                  images_per_s=images_per_s, data_wait=waiting, hours_left=(steps - step) * batch / images_per_s / 3600)
     runtime.log_line(log_path, bar, record, (
         f"step {step:06d}/{steps} ({100 * step / steps:.1f}%) | loss {record['loss']:.3f} | dino {dino:.3f} "
         f"ibot {record['ibot']:.3f} koleo {record['koleo']:.3f} | targets: entropy {record['target_entropy']:.2f} "
@@ -497,4 +491,10 @@ def log_step(log_path, bar, step, steps, batch, record, values, images_per_s, wa
 
 if __name__ == "__main__":
     with runtime.clear_errors():
-        main(get_args())
+        try:
+            main(get_args())
+        except RuntimeError as error:  # from wherever main was: torch raises it in a signal handler
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise  # of a worker's own error the traceback is wanted
+            raise ChildProcessError(f"a data worker died ({str(error).strip()}): out of memory or of shared memory "
+                                    f"(/dev/shm)? try fewer --num_workers; the last checkpoint is unharmed")

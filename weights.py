@@ -43,7 +43,7 @@ def load_backbone(path):
     """Read last.pt, a DINOv2 file or an UltraDINO teacher file: (VisionTransformer in eval mode, info).
 
     info: `config` (the constructor's keywords), `mean`, `std` (of pixels in 0..1, one value per channel if several),
-    `img_size`, `hashes` (uint8 (n, 8) of the images it was trained on, or None), `step` and `args` (or None).
+    `img_size`, `seen` (digests of the images it was trained on, as leakage.overlap takes them), `step`, `args` (or None).
     """
     checkpoint = load_checkpoint(path)
     state = backbone_state(checkpoint, path)
@@ -55,7 +55,7 @@ def load_backbone(path):
     load_strict(model, state, path).eval()
     foreign = ULTRADINO_MEAN_STD if config["in_chans"] == 1 else IMAGENET_MEAN_STD
     return model, {"config": config, "mean": checkpoint.get("mean", foreign[0]), "std": checkpoint.get("std", foreign[1]),
-                   "img_size": config["img_size"], "hashes": checkpoint.get("hashes"),
+                   "img_size": config["img_size"], "seen": checkpoint.get("seen"),
                    "step": checkpoint.get("step"), "args": checkpoint.get("args")}
 
 

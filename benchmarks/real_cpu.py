@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 from record import ROOT, record  # first: it puts the project on the path
-from data import list_images
+from images import list_images
 
 MASKS = ["*_Mask.png", "*_mask.png", "fmc_uia/*"]
 GROUP = r"([^/]+/[^/]+?)(?:_frame\d+|_\d*HC)?\.\w+$"  # a video of pocus, an examination of hc18, an image of busi

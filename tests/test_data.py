@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
+from images import list_images
 import pack
 
 
@@ -61,6 +63,26 @@ def test_flip_is_vertical(frame):
     box = [[(4, 8, 64, 64)]]
     plain, flipped = (crops_in_grey(frame, plain_draws(box, flip=f), 32) for f in (0, 1))
     assert torch.allclose(flipped, plain.flip(1), atol=1e-3) and not torch.allclose(flipped, plain, atol=1)
+
+
+@pytest.mark.parametrize("flip, mirrored", [("vertical", -2), ("horizontal", -1), ("none", ())])
+def test_flip_changes_nothing_else(flip, mirrored):
+    """The same draws whatever the flip; crops drawn to be flipped are mirrored, the others as they were."""
+    batches = data.PretrainBatches(FakePack(8), batch_args(flip=flip, batch_size_per_gpu=8))
+    for key, value in data.PretrainBatches(FakePack(8), batch_args(batch_size_per_gpu=8))[0][0].items():
+        assert torch.equal(batches[0][0][key], value), key
+    flipped, plain = batches[0], batches[0]
+    for key in ("global_flip", "local_flip"):
+        plain[0][key] = torch.zeros_like(plain[0][key])
+    crops, plain = (data.to_device(batch, torch.device("cpu"), batches.args, 0.0, 1 / 255)[0]
+                    for batch in (flipped, plain))
+    for kind in ("global", "local"):
+        drawn = batches[0][0][f"{kind}_flip"].T.flatten() > 0  # crop-major
+        assert drawn.any() and not drawn.all()
+        expected = plain[f"{kind}_crops"].clone()
+        expected[drawn] = expected[drawn].flip(mirrored)
+        assert torch.allclose(crops[f"{kind}_crops"], expected, atol=2e-2)  # of 255: sums in another order
+        assert flip == "none" or not torch.allclose(crops[f"{kind}_crops"], plain[f"{kind}_crops"], atol=1)
 
 
 def test_jitter_order_and_clamp(frame):
@@ -173,8 +195,39 @@ def test_masks_are_dealt_evenly(batch, share, probability):
                 assert bound <= most + 2 * share
 
 
+def one_block_mask(tries, grid, target):
+    """iBOT's loop over rectangles, for one mask."""
+    mask, failed = np.zeros(grid, bool), 0
+    for area, aspect, top, left in tries:
+        remaining = min(target - mask.sum(), mask.size // 2)
+        if remaining <= 0 or failed == 10:
+            break
+        area, aspect = np.interp(area, (0, 1), sorted((4, remaining))), np.exp(np.log(0.3) * (1 - 2 * aspect))
+        h, w = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        new = np.zeros(grid, bool)
+        if h < grid[0] and w < grid[1]:
+            top, left = int(top * (grid[0] - h + 1)), int(left * (grid[1] - w + 1))
+            new[top:top + h, left:left + w] = True
+        added = (new & ~mask).sum()
+        failed = 0 if 0 < added <= remaining else failed + 1
+        mask |= new & (failed == 0)
+    return mask
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (6, 9), (3, 3), (1, 5), (37, 37)])
+def test_block_masks_are_ibots(grid):
+    patches = grid[0] * grid[1]
+    tries, targets = data.philox(0, 0, data.MASKS).random((60, data.MASK_TRIES, 4)), np.arange(60) * patches // 110
+    masks = data.block_masks(tries, grid, targets)
+    for mask, *one in zip(masks, tries, targets):
+        assert (mask == one_block_mask(one[0], grid, one[1])).all()
+    assert (masks.sum((1, 2)) <= targets).all() and not masks[targets == 0].any()
+    if patches > 9:  # a mask that has no room for another rectangle lacks few patches
+        assert (targets - masks.sum((1, 2))).mean() < 0.4
+
+
 def test_block_masks_are_blocks():
-    mask = data.block_mask(data.philox(0, 0, data.MASKS), (14, 14), 60)
+    mask = data.block_masks(data.philox(0, 0, data.MASKS).random((1, data.MASK_TRIES, 4)), (14, 14), np.array([60]))[0]
     inner = mask[1:-1, 1:-1]
     neighbours = (mask[:-2, 1:-1] * 1 + mask[2:, 1:-1] + mask[1:-1, :-2] + mask[1:-1, 2:])[inner]
     assert neighbours.mean() > 2.5  # of 4; independent patches at this ratio would have 1.2
@@ -218,7 +271,8 @@ class FakePack:
 def batch_args(**changed):
     return Namespace(**{**dict(batch_size_per_gpu=4, accum_iter=1, seed=0, global_crops_size=16, global_crops_scale=(0.5, 1),
                                local_crops_number=2, local_crops_size=8, local_crops_scale=(0.2, 0.5), patch_size=4,
-                               blur_compat=True, mask_sample_probability=0.5, mask_ratio_min_max=(0.1, 0.5)), **changed})
+                               blur_compat=True, mask_sample_probability=0.5, mask_ratio_min_max=(0.1, 0.5),
+                               flip="vertical", mask_tissue=False), **changed})
 
 
 def test_every_image_once_an_epoch_across_batches():
@@ -278,8 +332,87 @@ def test_a_pack_is_not_copied_to_workers(tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(opened)).canvases, opened.canvases)
 
 
+# ---------------------------------------------------------------- masked patches that show tissue
+
+def tissue_batch(**changed):
+    """Micro-batches of images of every brightness around the threshold, black in part, one of them all black."""
+    pack, rng = FakePack(24), np.random.default_rng(1)
+    pack.canvases = (pack.canvases * rng.random((24, 1, 1)) ** 3).astype(np.uint8)
+    for image, black in enumerate(rng.integers(0, 24, 24)):
+        pack.canvases[image, :black] = 0
+    pack.canvases[5] = 0
+    return data.PretrainBatches(pack, batch_args(batch_size_per_gpu=24, mask_tissue=True, **changed))
+
+
+@pytest.mark.parametrize("flip", ["vertical", "horizontal"])
+def test_tissue_weights_equal_a_plain_loop(flip):
+    """98th percentile of each masked patch, cut but not jittered, above 10; then 1 / their number in the crop."""
+    batches = tissue_batch(flip=flip, mask_sample_probability=0.9)
+    ours, = data.to_device(batches[0], torch.device("cpu"), batches.args, 0.3, 0.2)
+    given, = batches[0]
+    plain = dict(box=given["global_box"], flip=given["global_flip"], **{
+        key: torch.full_like(given["global_flip"], value) for key, value in (
+            ("brightness", 1), ("contrast", 1), ("contrast_first", 0), ("sigma", 0), ("solarize", 0))})
+    crops = data.make_crops(given["canvases"], plain, 16, 0.0, 1 / 255, flip)[:, 0].numpy()
+    expected = np.zeros(given["masks"].shape, np.float32)
+    for crop, mask in enumerate(given["masks"].numpy()):
+        shown = [patch for patch in mask.nonzero()[0] if np.percentile(
+            crops[crop, patch // 4 * 4:, patch % 4 * 4:][:4, :4], 98, method="inverted_cdf") > 10]
+        expected[crop, shown] = 1 / max(len(shown), 1)
+    masked = given["masks"].sum().item()
+    expected = torch.from_numpy(expected).flatten()[given["mask_indices"]]
+    assert 0.2 * masked < (expected[:masked] > 0).sum() < 0.8 * masked
+    assert torch.allclose(ours["mask_weight"][:masked], expected[:masked], rtol=1e-6, atol=0)
+    assert (ours["mask_weight"][masked:] == 0).all() and len(expected) > masked  # padding
+    assert ours["tissue"].item() == pytest.approx((expected[:masked] > 0).sum().item() / masked)
+
+
+def test_black_half_has_no_weight():
+    """Whole frames, black below row 12 of 32: the two lower rows of patches count nothing, the others sum to 1."""
+    batches = tissue_batch(mask_sample_probability=1, flip="none")
+    batch = batches[0]
+    batch[0]["canvases"][:], batch[0]["canvases"][:, 12:], batch[0]["canvases"][5] = 90, 0, 0
+    batch[0]["global_box"][:] = torch.tensor([0.0, 0, 32, 32])
+    micro, = data.to_device(batch, torch.device("cpu"), batches.args, 0.3, 0.2)
+    weight = torch.zeros(micro["masks"].numel()).index_add(0, micro["mask_indices"], micro["mask_weight"]).view(48, 4, 4)
+    masks = micro["masks"].view(48, 4, 4)
+    assert masks[:, 2:].any() and (weight[:, 2:] == 0).all() and (weight[~masks] == 0).all()
+    counted = masks[:, :2].any((1, 2))
+    counted[[5, 24 + 5]] = False  # the black image
+    assert counted.sum() > 24 and torch.allclose(weight.sum((1, 2)), counted.float())
+
+
+def test_padding_has_no_weight_where_the_first_patch_is_masked():
+    masks = torch.zeros(4, 9, dtype=torch.bool)
+    masks[0, [0, 4]] = masks[3, 2] = True
+    micro = dict(masks=masks, mask_indices=torch.tensor([0, 4, 29, 0, 0]), mask_weight=torch.tensor([0.5, 0.5, 1, 0, 0]))
+    for tissue, weight, share in (([0, 4, 29], [0.5, 0.5, 1, 0, 0], 1), ([0, 1, 2], [1, 0, 0, 0, 0], 1 / 3),
+                                  ([], [0] * 5, 0)):
+        shown = torch.zeros(36, dtype=torch.bool)
+        shown[tissue] = True
+        ours = data.weigh_tissue(micro, shown.view(4, 9))
+        assert ours[0].tolist() == weight and ours[1].item() == pytest.approx(share)
+
+
+def test_without_the_flag_the_weights_stay():
+    batches = tissue_batch()
+    batches.args.mask_tissue = False
+    micro, = data.to_device(batches[0], torch.device("cpu"), batches.args, 0.3, 0.2)
+    assert torch.equal(micro["mask_weight"], batches[0][0]["mask_weight"]) and "tissue" not in micro
+
+
+def test_tissue_is_found_without_looking_at_numbers():
+    """No shape depends on pixels and none is read on the host, or tensors without numbers would raise."""
+    batches, fake = tissue_batch(), FakeTensorMode()
+    real, = data.to_device(batches[0], torch.device("cpu"), batches.args, 0.3, 0.2)
+    with fake:
+        batch = [{key: fake.from_tensor(value) for key, value in micro.items()} for micro in batches[0]]
+        micro, = data.to_device(batch, torch.device("cpu"), batches.args, 0.3, 0.2)
+    assert {key: value.shape for key, value in micro.items()} == {key: value.shape for key, value in real.items()}
+
+
 def test_list_without_a_header_reads_as_paths(tmp_path):
     """UltraDINO's train_paths_2m.csv: one relative path per line, no header."""
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a b.png")
     (tmp_path / "train_paths.csv").write_text("a b.png\n")
-    assert data.list_images(str(tmp_path / "train_paths.csv")).names == ["a b.png"]
+    assert list_images(str(tmp_path / "train_paths.csv")).names == ["a b.png"]

@@ -187,7 +187,7 @@ def test_layouts_load(tmp_path, layout):
     state = vit.state_dict()
     teacher = {**{f"backbone.{key}": value for key, value in state.items()}, "dino_head.mlp.0.weight": torch.zeros(3, 3)}
     checkpoint = {
-        "ours": {"teacher": teacher, "config": config, "mean": 0.3, "std": 0.2, "hashes": torch.zeros(2, 8, dtype=torch.uint8)},
+        "ours": {"teacher": teacher, "config": config, "mean": 0.3, "std": 0.2, "seen": {"content": torch.zeros(2, dtype=torch.uint64)}},
         "ultradino teacher": {"teacher": teacher},
         "ultradino full": {"model": {**{f"teacher.{key}": value for key, value in teacher.items()},
                                      "student.backbone.cls_token": torch.zeros(1), "dino_loss.center": torch.zeros(1)}},
@@ -200,7 +200,7 @@ def test_layouts_load(tmp_path, layout):
     else:
         assert info["mean"] == (0.3 if layout == "ours" else ULTRADINO_MEAN_STD[0])
     assert info["img_size"] == 32 and same_features(loaded, vit, config["in_chans"])
-    assert (info["hashes"] is not None) == (layout == "ours")
+    assert (info["seen"] is not None) == (layout == "ours")
 
 
 def test_giant_layout_is_inferred(tmp_path):

@@ -1,20 +1,24 @@
 """Packing as a user does it: odd files, odd names, lists, hold-outs, full disks, killed workers."""
 import csv
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import images
 import pack
-from data import Pack, content_hash, load_grey, resize_square
+from data import Pack
+from images import load_grey, resize_square
+from leakage import content_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +42,8 @@ def write_csv(path, *rows):
 def make(source, out, **options):
     """make_pack in this process -> the pack and what was logged."""
     lines = []
-    pack.make_pack(str(source), str(out), **{"canvas": 16, "workers": 1, "log": lines.append, **options})
+    sources = [str(path) for path in (source if isinstance(source, list) else [source])]
+    pack.make_pack(sources, str(out), **{"canvas": 16, "workers": 1, "log": lines.append, **options})
     return Pack(str(out)), "\n".join(lines)
 
 
@@ -81,11 +86,11 @@ def test_folder_by_command(tmp_path, clips):
     for name, canvas, size, pixels_hash in zip(names(made), made.canvases, made.sizes, made.hashes):
         grey = load_grey(clips / name)
         assert np.array_equal(canvas, resize_square(grey, 16)) and tuple(size) == (60, 40)
-        assert pixels_hash.tobytes() == content_hash(grey)
+        assert int(pixels_hash) == content_hash(grey)
     assert made.groups.tolist() == [0] * 6 + [1] * 6
     assert made.mean == pytest.approx(np.mean(made.canvases / 255), rel=1e-12)
     assert made.std == pytest.approx(np.std(made.canvases / 255), rel=1e-12)
-    assert made.info["recipe"] == pack.recipe(tmp_path / "src", canvas=16) and skipped(made) == {}
+    assert made.info["recipe"]["sources"] == [str(tmp_path / "src")] and skipped(made) == {}
     assert sorted(os.listdir(tmp_path)) == ["out.pack", "src"]
 
 
@@ -93,17 +98,19 @@ def test_worker_count_does_not_matter(tmp_path, clips):
     (clips / "sick" / "bad.png").write_text("no image")
     save(tmp_path / "bench" / "copy.tif", load_grey(clips / "sick" / "sick-b_frame1.png"))
     for workers in (1, 3):
-        pack.make_pack(str(clips), str(tmp_path / f"{workers}.pack"), canvas=16, workers=workers, log=str,
-                       holdout=[str(tmp_path / "bench")], group_regex="([^/._]*)[_.]")
-    assert len(Pack(tmp_path / "3.pack")) == 9
-    for file in ("canvases.u8", "index.csv", "pack.json", "skipped.txt"):
+        made, _ = make(clips, tmp_path / f"{workers}.pack", workers=workers, holdout=[str(tmp_path / "bench")],
+                       group_regex="([^/._]*)[_.]")
+    assert len(made) == 9
+    for file in ("canvases.u8", "index.csv", "names.csv", "skipped.txt"):
         assert (tmp_path / "1.pack" / file).read_bytes() == (tmp_path / "3.pack" / file).read_bytes(), file
+    one, three = ({**Pack(tmp_path / f"{workers}.pack").info, "salt": ""} for workers in (1, 3))
+    assert one == three
 
 
 def test_digest_tells_pixels_and_groups_but_not_names(tmp_path, clips):
     first, _ = make(clips, tmp_path / "1.pack")
-    pack.make_pack(str(clips), str(tmp_path / "other.pack"), canvas=24, log=str)
-    assert Pack(tmp_path / "other.pack").info["digest"] != first.info["digest"]  # other canvases are other data
+    other, _ = make(clips, tmp_path / "other.pack", canvas=24)
+    assert other.info["digest"] != first.info["digest"]  # other canvases are other data
     (clips / "sick" / "sick-a_frame0.png").rename(clips / "sick" / "sick-a_frame00.png")
     renamed, _ = make(clips, tmp_path / "2.pack")
     assert names(renamed) != names(first) and renamed.info["digest"] == first.info["digest"]
@@ -151,7 +158,7 @@ def test_unreadable_files_are_skipped_and_listed(tmp_path, clips, monkeypatch):
     (clips / "well" / "empty.png").write_bytes(b"")
     (clips / "well" / "text.png").write_text("not an image")
     save(clips / "well" / "bomb.png", np.zeros((400, 400), np.uint8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
     expected = {f"well/{name}.png" for name in ("truncated", "broken", "empty", "text", "bomb")}
     if os.geteuid():
         (clips / "well" / "secret.png").write_bytes(whole)
@@ -160,19 +167,22 @@ def test_unreadable_files_are_skipped_and_listed(tmp_path, clips, monkeypatch):
     made, log = make(clips, tmp_path / "out")
     assert len(made) == 13 and made.info["skipped"] == len(expected)
     assert set(skipped(made)) == expected and all(skipped(made).values())
-    assert "decompression bomb" in skipped(made)["well/bomb.png"] and f"skipped: {len(expected)} unreadable" in log
+    assert "over 100,000" in skipped(made)["well/bomb.png"] and f"skipped: {len(expected)} unreadable" in log
     assert "WARNING" not in log
 
 
-def test_mostly_unreadable_is_loud_and_wholly_unreadable_an_error(tmp_path):
+def test_mostly_unreadable_stops_and_wholly_unreadable_is_an_error(tmp_path):
     for name in "abc":
         (tmp_path / "src" / name).mkdir(parents=True)
         (tmp_path / "src" / name / "x.png").write_text("no image")
-    with pytest.raises(ValueError, match="none of 3 images can be read"):
-        make(tmp_path / "src", tmp_path / "out")
+    with pytest.raises(ValueError, match="3 of 3 files cannot be read, over --max_skipped 0.5.*not an image"):
+        make(tmp_path / "src", tmp_path / "out", max_skipped=0.5)
+    with pytest.raises(ValueError, match="none of 3 files can be read"):
+        make(tmp_path / "src", tmp_path / "out", max_skipped=1)
+    assert os.listdir(tmp_path) == ["src"]
     save(tmp_path / "src" / "d.png", speckle(1))
-    made, log = make(tmp_path / "src", tmp_path / "out")
-    assert len(made) == 1 and "WARNING: 3 of 4 images" in log
+    made, log = make(tmp_path / "src", tmp_path / "out", max_skipped=0.75)
+    assert len(made) == 1 and "skipped: 3 unreadable" in log
     assert sorted(os.listdir(tmp_path)) == ["out", "src"]
 
 
@@ -188,7 +198,7 @@ def test_odd_names_round_trip(tmp_path):
     made = Pack(tmp_path / "out")
     assert sorted(names(made)) == sorted(f"p/{name}" for name in odd)
     for name, pixels_hash in zip(names(made), made.hashes):
-        assert pixels_hash.tobytes() == content_hash(load_grey(tmp_path / "src" / name))
+        assert int(pixels_hash) == content_hash(load_grey(tmp_path / "src" / name))
     assert len(skipped(made)) == len(odd) and "q/a\\nb.png" in skipped(made)
 
 
@@ -217,7 +227,7 @@ def test_lists_keep_their_order_and_groups(tmp_path, clips):
     (("src", "out", "--group_regex", "(frame9)"), "does not match"),
     (("bad.csv", "out"), "columns are picture,group"),
     (("src", "out", "--holdout", "gone.csv"), "gone.csv: no such file"),
-    (("src", "out", "--holdout", "lost.csv"), "cannot read lost.png"),
+    (("src", "out", "--holdout", "lost.csv"), "lost.png (No such file or directory)"),
     (("src", "out", "--holdout", "src"), "all 12 images are held out"),
     (("src", "out", "--canvas", "100000000"), "--canvas"),
 ])
@@ -316,56 +326,148 @@ def test_a_folder_of_the_same_name_elsewhere_is_another_folder(tmp_path, clips):
 def test_full_disk_is_noticed_before_the_work(tmp_path, clips, monkeypatch):
     usage = namedtuple("usage", "total used free")(0, 0, 12 * 16 * 16)  # room for the canvases, not for the index
     monkeypatch.setattr(pack.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(ValueError, match="12 canvases of 16x16 need .* are free.*--canvas"):
+    with pytest.raises(ValueError, match="about 12 canvases of 16x16 need .* are free.*--canvas"):
         make(clips, tmp_path / "out")
     assert os.listdir(tmp_path) == ["src"]
 
 
-def test_disk_that_fills_up_leaves_nothing(tmp_path, clips, monkeypatch):
-    def fails(*_, **__):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(pack, "write_index", fails)
-    with pytest.raises(OSError, match="No space"):
+@pytest.fixture
+def reads(monkeypatch):
+    """Count how often each file is decoded; every frame enters the journal at once."""
+    counts, read = Counter(), images.read_frames
+
+    def counting(path, first=0):
+        counts[os.path.basename(path)] += 1
+        return read(path, first)
+    monkeypatch.setattr(images, "read_frames", counting)
+    monkeypatch.setattr(images, "CHUNK", 1)
+    monkeypatch.setattr(pack, "SAVE_EVERY", -1)
+    return counts
+
+
+def equal_packs(one, two):
+    for file in ("canvases.u8", "index.csv", "names.csv", "skipped.txt"):
+        assert Path(one.folder, file).read_bytes() == Path(two.folder, file).read_bytes(), file
+    return {**one.info, "salt": ""} == {**two.info, "salt": ""}
+
+
+def full_disk_after(calls, monkeypatch):
+    """The disk is full at so many writes of canvases; half of the last one still fits."""
+    add, left = pack.Journal.add, iter(range(calls))
+
+    def limited(self, rows, canvases, failed):
+        if next(left, None) is None:
+            with open(self.paths[0], "ab") as file:
+                file.write(canvases.tobytes()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, rows, canvases, failed)
+    monkeypatch.setattr(pack.Journal, "add", limited)
+    return add
+
+
+def test_full_disk_keeps_what_was_done_and_the_same_command_goes_on(tmp_path, clips, monkeypatch, reads):
+    (clips / "sick" / "bad.png").write_text("no image")
+    whole, _ = make(clips, tmp_path / "whole")
+    reads.clear()
+    add = full_disk_after(6, monkeypatch)
+    with pytest.raises(OSError, match="out.part/canvases.u8: the disk is full after 5 images.*goes on from there"):
         make(clips, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["src"]
+    assert sorted(os.listdir(tmp_path)) == ["out.part", "src", "whole"]
+    monkeypatch.setattr(pack.Journal, "add", add)
+    made, log = make(clips, tmp_path / "out")
+    assert "going on with" in log and "5 of 13 files are read" in log
+    again = [name for name, times in reads.items() if times > 1]
+    assert again == ["sick-b_frame1.png", "sick-b_frame2.png"]  # the last that was written, and the one that was not
+    assert equal_packs(made, whole) and sorted(os.listdir(tmp_path)) == ["out", "src", "whole"]
 
 
-def test_leftovers_of_killed_runs_go_and_those_of_live_runs_stay(tmp_path, clips):
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    prefix = f"{tmp_path}/out.tmp-{pack.socket.gethostname()}-"
-    for pid in (done.stdout.strip(), os.getppid(), os.getpid()):
-        os.mkdir(f"{prefix}{pid}")
-    _, log = make(clips, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == sorted(["out", "src", os.path.basename(f"{prefix}{os.getppid()}")])
-    assert log.count("left by a run that was killed") == 2
+def test_an_unfinished_pack_goes_on_with_the_same_files_and_arguments_only(tmp_path, clips, monkeypatch, reads):
+    add = full_disk_after(3, monkeypatch)
+    with pytest.raises(OSError):
+        make(clips, tmp_path / "out")
+    monkeypatch.setattr(pack.Journal, "add", add)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out.part").iterdir()}
+    with pytest.raises(ValueError, match="out.part: was begun with other arguments or other files; delete it"):
+        make(clips, tmp_path / "out", drop_colour=True)
+    save(clips / "sick" / "new.png", speckle(77))
+    with pytest.raises(ValueError, match="was begun with other"):
+        make(clips, tmp_path / "out")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out.part").iterdir()}
+    (clips / "sick" / "new.png").unlink()
+    assert len(make(clips, tmp_path / "out")[0]) == 12
 
 
-def die(paths, canvas):
+@pytest.mark.parametrize("where", ["write_tables", "settle", "rename"])
+def test_a_run_killed_at_the_end_is_finished_by_the_next(tmp_path, clips, monkeypatch, where):
+    """Frames are dropped, so that canvases move: whatever was done of that is done again."""
+    for number in range(4):
+        (clips / "sick" / f"copy{number}.png").write_bytes((clips / "sick" / "sick-a_frame0.png").read_bytes())
+    whole, _ = make(clips, tmp_path / "whole", dedup=True)
+    assert len(whole) == 12 and whole.info["equal"] == 4
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(os if where == "rename" else pack, where, killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(clips, tmp_path / "out", dedup=True)
+    if where == "settle":  # killed between two moves
+        canvases = np.memmap(tmp_path / "out.part/canvases.u8", np.uint8, "r+").reshape(-1, 256)
+        target, origin = np.load(tmp_path / "out.part/moves.npy")[0]
+        canvases[target] = canvases[origin]
+        canvases.flush()
+    if where != "write_tables":
+        with pytest.raises(ValueError, match="was begun with other arguments"):
+            make(clips, tmp_path / "out")
+    made, _ = make(clips, tmp_path / "out", dedup=True)
+    assert equal_packs(made, whole)
+    for name, canvas in zip(names(made), made.canvases):
+        assert np.array_equal(canvas, resize_square(load_grey(clips / name), 16)), name
+    assert sorted(os.listdir(made.folder)) == ["canvases.u8", "groups.csv", "index.csv", "names.csv", "pack.json",
+                                               "skipped.txt"]
+
+
+def test_two_processes_do_not_pack_into_one_folder(tmp_path, clips):
+    with pack.unfinished(str(tmp_path / "out")):
+        done = run("src", "out", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == "pack.py: out.part: another process is packing there\n"
+
+
+def die(paths, *_):
     os._exit(9)
 
 
 def test_worker_that_dies_ends_the_run(tmp_path, clips, monkeypatch):
-    monkeypatch.setattr(pack, "decode_chunk", die)
-    with pytest.raises(ChildProcessError, match="a decoding process died"):
+    monkeypatch.setattr(images, "decode_chunk", die)
+    with pytest.raises(ChildProcessError, match="a decoding process died.*sick-a_frame0.png to .*well-b_frame2.png"):
         make(clips, tmp_path / "out", workers=2)
     assert os.listdir(tmp_path) == ["src"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_run_leaves_no_half_pack(tmp_path, number):
+def test_interrupted_run_goes_on(tmp_path, number):
     save(tmp_path / "src" / "p" / "0.png", speckle(0, (3000, 3000)))
-    for copy in range(1, 2000):  # far from done when the signal comes, however slow or fast the machine
+    for copy in range(1, 100):  # far from done when the signal comes, however slow or fast the machine
         os.link(tmp_path / "src/p/0.png", tmp_path / f"src/p/{copy}.png")
     process = subprocess.Popen([sys.executable, ROOT / "pack.py", "src", "out", "--workers", "2"], cwd=tmp_path,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.time() + 60
-    while not any(path.stat().st_size for path in tmp_path.glob("out.tmp-*/canvases.u8")) and time.time() < deadline:
-        time.sleep(0.05)
+    deadline, canvases = time.time() + 60, tmp_path / "out.part/canvases.u8"
+    while not (canvases.exists() and canvases.stat().st_size) and time.time() < deadline:
+        time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)  # also waits until the workers have closed stderr
-    assert process.returncode not in (0, None) and not (tmp_path / "out").exists()
+    assert process.returncode not in (0, None) and sorted(os.listdir(tmp_path)) == ["out.part", "src"]
     if number != signal.SIGKILL:
-        assert errors == "pack.py: interrupted, nothing written\n" and os.listdir(tmp_path) == ["src"]
+        assert errors == "pack.py: interrupted; the same command goes on from what out.part holds\n"
+        assert os.path.getsize(tmp_path / "out.part/rows")
+    with pytest.raises(ValueError, match="not a readable pack"):
+        Pack(tmp_path / "out.part")
+    for copy in range(100):  # the same names; now quick to read
+        (tmp_path / f"src/p/{copy}.png").unlink()
+        save(tmp_path / f"src/p/{copy}.png", speckle(copy))
+    done = run("src", "out", cwd=tmp_path)
+    assert done.returncode == 0 and len(Pack(tmp_path / "out")) == 100, done.stderr
+    assert ("going on with out.part" in done.stdout) == (number != signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- phantoms
@@ -384,7 +486,7 @@ def test_phantom_pack(tmp_path):
 
 
 def test_recipe_survives_json():
-    recipe = pack.recipe("src", ("*a*",), ("test.csv",), 64, "(x)")
+    recipe = pack.recipe(["src"], exclude=("*a*",), holdout=("test.csv",), canvas=64, group_regex="(x)")
     assert json.loads(json.dumps(recipe)) == recipe
 
 

@@ -20,9 +20,10 @@ SMALL = ["--preset", "cpu", "--head_n_prototypes", "32", "--head_hidden_dim", "1
 
 
 class FakePack:
-    def __init__(self, images=40, canvas=24):
+    def __init__(self, images=40, canvas=24, black=0):
         rng = np.random.default_rng(0)
         self.canvases = rng.integers(0, 255, (images, canvas, canvas), dtype=np.uint8)
+        self.canvases[:, :black] = 0
         self.sizes, self.groups = np.tile([40, 30], (images, 1)), np.arange(images)
 
     def __len__(self):
@@ -57,7 +58,7 @@ def networks(args):
 
 def train(args, rank, world_size, steps=3):
     """A few steps: (stats of each step, weights, first moments of the gradients, centers)."""
-    batches = unmasked_second_half(data.PretrainBatches(FakePack(), args, rank, world_size))
+    batches = unmasked_second_half(data.PretrainBatches(FakePack(black=14 * args.mask_tissue), args, rank, world_size))
     student, teacher, buffers, optimizer = networks(args)
     centers = torch.zeros(2, args.head_n_prototypes, dtype=torch.float64)
     values = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
@@ -83,11 +84,12 @@ def rank_of_two(rank, init, args, result):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
-def test_ranks_and_accumulation_do_not_change_the_run(centering, tmp_path):
+@pytest.mark.parametrize("centering, tissue", [("centering", []), ("sinkhorn_knopp", []),
+                                               ("centering", ["--mask_tissue"]), ("sinkhorn_knopp", ["--mask_tissue"])])
+def test_ranks_and_accumulation_do_not_change_the_run(centering, tissue, tmp_path):
     """1 process x 16, 4 micro-batches x 4 and 2 processes x 8 (one without masks at step 1): equal to 1e-5."""
     def arguments(*more):
-        return pretrain.get_args([*SMALL, "--centering", centering, *more])
+        return pretrain.get_args([*SMALL, "--centering", centering, *tissue, *more])
 
     whole = train(arguments("--batch_size_per_gpu", "16"), 0, 1)
     accumulated = train(arguments("--batch_size_per_gpu", "4", "--accum_iter", "4"), 0, 1)
@@ -206,7 +208,8 @@ def test_target_health_tells_collapse_from_learning():
 
 
 @pytest.mark.parametrize("more", [["--separate_head"], ["--local_crops_number", "0"], ["--drop_path_rate", "0.5"],
-                                  ["--mask_sample_probability", "0"], ["--dtype", "bfloat16"]])
+                                  ["--mask_sample_probability", "0"], ["--dtype", "bfloat16"], ["--mask_tissue"],
+                                  ["--flip", "horizontal"]])
 def test_variants_train(more):
     """Each option runs a step with finite gradients in every parameter it should reach."""
     args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4", "--koleo_loss_weight", "0.1", *more])
@@ -228,6 +231,54 @@ def test_variants_train(more):
     still = {name for name, p in student.named_parameters() if torch.equal(p, before[name])}
     unmasked = "--mask_sample_probability" in more
     assert still == ({"backbone.mask_token"} if unmasked else set())
+
+
+# ---------------------------------------------------------------- masked patches without tissue
+
+def tissue_micro(args, black):
+    batches = data.PretrainBatches(FakePack(black=black), args)
+    return pretrain.to_device(batches[0], torch.device("cpu"), args, 0.5, 0.25)[0]
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_patches_without_tissue_are_no_rows_of_the_targets(centering):
+    """Center, Sinkhorn-Knopp and loss are those of a batch in which only the masked patches with tissue exist."""
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "16", "--mask_tissue", "--centering", centering])
+    student, teacher = pretrain.build_networks(args, torch.device("cpu"))
+    micro = tissue_micro(args, black=14)
+    counted = micro["mask_weight"] > 0
+    masked = micro["masks"].sum()
+    assert 0.2 * masked < counted.sum() < 0.8 * masked
+    alone = dict(micro, mask_indices=micro["mask_indices"][counted], mask_weight=micro["mask_weight"][counted])
+    everyone = dict(micro, mask_weight=(torch.arange(len(counted)) < masked).float())
+    centers = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 10
+
+    def outcome(micro):
+        (class_rows, patch_rows), new = pretrain.teacher_targets(teacher, [micro], centers, 0.05, centering)
+        (_, _, a, r), = patch_rows
+        losses, _ = pretrain.student_losses(student, micro, class_rows[0], patch_rows[0], 0.05, 16)
+        return a, r, new[1], losses
+
+    a, r, center, losses = outcome(micro)
+    assert (r[~counted] == math.inf).all()
+    for ours, want in zip((a, r[counted], center, losses), outcome(alone)):
+        assert torch.allclose(ours, want, rtol=1e-5, atol=1e-6)
+    other = outcome(everyone)  # with all masked patches it is another batch
+    assert not torch.allclose(center, other[2], atol=1e-4) or not torch.allclose(a, other[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_black_frames_train(centering):
+    """No masked patch shows tissue: no iBOT loss, its center stays, everything is finite."""
+    args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "4", "--mask_tissue", "--centering", centering])
+    student, teacher, buffers, optimizer = networks(args)
+    micro = {k: v.double() if v.is_floating_point() else v for k, v in tissue_micro(args, black=24).items()}
+    centers = torch.ones(2, 32).double()
+    values = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
+    stats = pretrain.train_step(student, teacher, optimizer, buffers, centers, [micro], values, args, 4, [None])
+    assert stats.isfinite().all() and stats[8] == 1 and stats[2] == 0 and stats[0] > 0
+    assert stats[10] == 0 and (centers[1] == 1).all()  # share of masked patches with tissue
+    assert all(p.isfinite().all() for p in student.parameters())
 
 
 def test_frozen_last_layer_and_ema():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_folder_to_checkpoint_to_finished(frames, tmp_path):
     assert all(np.isfinite(list(record.values())).all() for record in log)
     saved = checkpoint(tmp_path)
     assert str(frames) not in str(saved) and "*_mask.png" not in str(saved)  # paths, too, can name patients
-    assert saved["hashes"].shape == (26, 8) and saved["step"] == 5 and 0 < saved["mean"] < 1
+    assert saved["seen"]["content"].shape == (26,) and saved["step"] == 5 and 0 < saved["mean"] < 1
     assert not any(name in str(saved) for name in ("clip 0", "0.png", "deep.tif"))  # names can be patients' names
     before = (tmp_path / "last.pt").read_bytes()
     assert "finished: 5 of 5 steps" in pretrain(tmp_path, *args)
@@ -210,6 +211,54 @@ def test_two_processes_train_one_model(packed, tmp_path):
     assert a["samples"] == b["samples"] == 32
     for term in ("dino_local", "dino_global", "ibot", "grad_norm_backbone", "grad_norm_heads"):
         assert a[term] == pytest.approx(b[term], rel=1e-3), term
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_data_worker_ends_the_run(packed, tmp_path, processes):
+    """As the kernel does when memory runs out: a sentence, no hang, nobody left, and the run goes on from last.pt."""
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--total_samples", 160_000, "--save_every", 2,
+            "--num_workers", 2]
+    with open(tmp_path / "output.txt", "w") as output:
+        run = subprocess.Popen(command(*args, processes=processes), cwd=tmp_path, env=environment(), stdout=output,
+                               stderr=output, stdin=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (tmp_path / "last.pt").exists():
+        assert run.poll() is None and time.monotonic() < until, (tmp_path / "output.txt").read_text()
+        time.sleep(0.1)
+    family = descendants(run.pid)
+    os.kill(max(pid for pid in family if "pretrain.py" in Path(f"/proc/{pid}/cmdline").read_text()), signal.SIGKILL)
+    status = run.wait(timeout=60)
+    out = (tmp_path / "output.txt").read_text()
+    assert re.search(r"pretrain.py: error: a data worker died \(.*\): out of memory .* try fewer --num_workers", out), out
+    assert status == (2 if processes == 1 else 1) and (processes > 1 or "Traceback" not in out), out
+    wait_until_gone(family)
+    step = checkpoint(tmp_path)["step"]
+    args[args.index(160_000)] = 160_000  # the same run
+    kill_at(tmp_path, step + 3, *args, processes=processes)
+    assert f"resuming ./last.pt at step {step}" in (tmp_path / "output.txt").read_text()
+
+
+def test_an_error_inside_a_data_worker_keeps_its_traceback(packed, tmp_path):
+    broken = ("import runtime, data, pretrain\n"
+              "def fail(self, *_):\n    raise RuntimeError('planted')\n"
+              "data.PretrainBatches.__getitem__ = fail\n"
+              "pretrain.main(pretrain.get_args())\n")
+    (tmp_path / "planted.py").write_text(broken)
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--num_workers", 1]
+    done = subprocess.run([sys.executable, "planted.py", *map(str, args)], cwd=tmp_path, text=True,
+                          env={**environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
+    assert done.returncode == 1 and "planted" in done.stderr and "Traceback" in done.stderr, done.stderr
+
+
+def test_tissue_and_flip_reach_the_run(packed, tmp_path):
+    """A run with --mask_tissue logs the share of masked patches with tissue; it and --flip make another run."""
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--total_samples", 24]
+    pretrain(tmp_path, *args)
+    assert all("tissue" not in json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    out = pretrain(tmp_path, *args, "--mask_tissue", "--flip", "horizontal")
+    assert "(other flip, mask_tissue)" in out and "saved ./last.pt at step 3 of 3" in out
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and all(0.5 < record["tissue"] <= 1 and np.isfinite(record["ibot"]) for record in log)
 
 
 @pytest.mark.slow

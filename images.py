@@ -1,0 +1,390 @@
+"""Image files in, grey frames out: reading one file of any kind, reading many on all cores, and listing them."""
+
+import csv
+import fnmatch
+import functools
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import stat
+import threading
+import warnings
+from collections import deque, namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+
+import dicom
+from fan import apply_fan, find_fan
+from leakage import WORDS, content_hash, perceptual_hash, salted
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 50_000_000  # of a frame: no ultrasound machine's; what claims more is damaged, or made to fill memory
+COLOUR_SPREAD, COLOUR_SHARE = 24, 0.01  # in colour: over 1 % of the pixels have channels further apart than 24
+SAMPLED = 4_000_000  # pixels of a file whose percentiles scale it: all of a single frame, a grid over many
+IMAGE_GROUPS = "image (each image is its own group)"
+CHUNK = 8  # files a worker decodes per task: large enough to hide the round trip ...
+FRAMES = 32  # ... but it comes back after so many frames: long clips must not pile up in memory
+FAN_FRAMES = 16  # the first frames of a clip that show where its fan is
+
+
+# ---------------------------------------------------------------- one file
+
+# grey uint8 (h, w); colour: whether it was (Doppler, 3-D renders); mm: (x, y) millimetres per pixel, 0 where unknown;
+# patient, study: DICOM's identifiers, empty where there are none
+Frame = namedtuple("Frame", "grey colour mm patient study")
+
+
+def read_frames(path, first=0):
+    """Yield the frames of an image file from number `first` on; OSError, ValueError or another error of Pillow's tells
+    why it, or its next frame, cannot be read.
+
+    Deep pixels become 8 bits by one scale per file, never per frame: brightness must not flicker along a clip.
+    """
+    if _is_dicom(path):
+        file = dicom.open_dicom(path)
+        for pixels in file.pixels(first):  # uint8 (h, w) or (h, w, 3)
+            yield Frame(*_grey_and_colour(Image.fromarray(pixels)), file.mm or (0, 0), file.patient, file.study)
+        return
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+        raise ValueError("not a regular file")
+    with Image.open(path) as image:
+        frames = _frame_count(image)
+        scale = _percentiles(image, frames) if image.mode.startswith(("I", "F")) else None
+        for number in range(first, frames):
+            frame = ImageOps.exif_transpose(_seek(image, number))
+            if scale is not None:
+                yield Frame(_scaled(frame, *scale), False, (0, 0), "", "")
+            else:
+                yield Frame(*_grey_and_colour(frame), (0, 0), "", "")
+
+
+def _is_dicom(path):
+    return not os.fspath(path).lower().endswith(IMAGE_SUFFIXES) and dicom.is_dicom(path)
+
+
+def count_frames(path):
+    """Frames of a file by its header, 1 where it cannot be read."""
+    try:
+        if _is_dicom(path):
+            return dicom.open_dicom(path).frames
+        with Image.open(path) as image:
+            return _frame_count(image)
+    except Exception:  # told when the file is read in earnest
+        return 1
+
+
+def _frame_count(image):
+    return image.n_frames if image.format in ("GIF", "TIFF") else 1  # a phone's JPEG holds its own thumbnail
+
+
+def _seek(image, number):
+    image.seek(number)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}: no ultrasound frame")
+    return image
+
+
+def _grey_and_colour(image):
+    """Pillow image of 8-bit channels -> uint8 grey (h, w), whether it is a colour image."""
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L")), False
+    if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):  # transparency is shown on black, B-mode's background
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    image = image.convert("RGB")
+    red, green, blue = image.split()
+    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    spread = ImageChops.subtract(highest, lowest).histogram()  # (256,) pixels by distance of their channels
+    colour = sum(spread[COLOUR_SPREAD + 1:]) > COLOUR_SHARE * sum(spread)
+    return np.asarray(image.convert("L")), colour
+
+
+def _percentiles(image, frames):
+    """0.5 and 99.5 % of the grey levels of a whole file of 16-bit, 32-bit or float frames."""
+    stride, values = 1 + image.width * image.height * frames // SAMPLED if frames > 1 else 1, []
+    for number in range(frames):
+        values.append(_finite(_seek(image, number)).ravel()[::stride])
+    return np.percentile(np.concatenate(values), (0.5, 99.5))
+
+
+def _scaled(image, low, high):
+    return (np.clip((_finite(image) - low) / max(high - low, 1e-9), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _finite(image):
+    pixels = np.asarray(image, dtype=np.float32)
+    if not np.isfinite(pixels).all():
+        raise ValueError("image has non-finite pixels")
+    return pixels
+
+
+def load_grey(path):
+    """The one frame of a file as uint8 grey (h, w), for labelled sets; raises as read_frames does."""
+    frames = list(itertools.islice(read_frames(path), 2))
+    if len(frames) != 1:
+        raise ValueError("holds several frames, a label needs a file of its own" if frames else "holds no frame")
+    return frames[0].grey
+
+
+def resize_square(grey, size):
+    """uint8 (h, w) -> uint8 (size, size), antialiased bicubic; squashes the aspect."""
+    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
+
+
+# ---------------------------------------------------------------- many files, in worker processes
+
+# image: number of the frame's file; width, height: of what was squashed to the canvas; hash, looks: leakage.py's;
+# patient, study: DICOM's, salted, 0 where there are none; mm: per pixel, x and y; sum, squares: of the canvas's levels
+ROW = np.dtype([("image", "i8"), ("frame", "i4"), ("width", "i4"), ("height", "i4"), ("hash", "u8"),
+                ("looks", "u8", WORDS), ("patient", "u8"), ("study", "u8"), ("colour", "i1"), ("mm", "f4", 2),
+                ("sum", "i8"), ("squares", "i8")])
+
+
+def measure(frame, canvas, fan, salt):
+    """A Frame -> its ROW but for file and frame number, and its square canvas uint8 (canvas, canvas).
+
+    The hashes are of the whole frame, so that it is found again where nobody trimmed it to its fan.
+    """
+    grey, row = frame.grey, np.zeros((), ROW)
+    row["hash"], row["looks"] = content_hash(grey), perceptual_hash(grey)
+    row["colour"], row["mm"] = frame.colour, frame.mm
+    for name in ("patient", "study"):
+        row[name] = salted(getattr(frame, name), salt) if getattr(frame, name) else 0
+    if fan is not None:
+        grey, _ = apply_fan(grey, fan if fan.shape == grey.shape else find_fan(grey))
+    row["height"], row["width"] = grey.shape
+    square = resize_square(grey, canvas)
+    levels, counts = np.arange(256), np.bincount(square.ravel(), minlength=256)
+    row["sum"], row["squares"] = levels @ counts, levels ** 2 @ counts
+    return row, square
+
+
+def frames_and_fan(path, first, crop_fan):
+    """The frames of a file from number `first` on, and where the fan is in all of them (None: not asked for)."""
+    frames = read_frames(path, first)
+    if not crop_fan:
+        return frames, None
+    head = list(itertools.islice(read_frames(path) if first else frames, FAN_FRAMES))
+    highest = head[0].grey if head else None
+    for frame in head[1:]:  # the border of a clip stands still: one fan for all, that of its brightest pixels
+        highest = np.maximum(highest, frame.grey) if frame.grey.shape == highest.shape else highest
+    return frames if first else itertools.chain(head, frames), find_fan(highest) if head else None
+
+
+def decode_chunk(paths, first, canvas, crop_fan, salt):
+    """Decode files, the first one from its frame `first`, until FRAMES frames are read.
+
+    Returns rows (n,) ROW, `image` counting from 0, canvases uint8 (n, canvas, canvas), a list of (file, frame, reason)
+    of what cannot be read, and the (file, frame) to go on from, or None.
+    """
+    rows, squares, failed = [], [], []
+    for number, path in enumerate(paths):
+        done = 0 if number else first
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # odd metadata, thousands of times
+                frames, fan = frames_and_fan(path, done, crop_fan)
+                for frame in frames:
+                    if len(rows) == FRAMES:
+                        return np.array(rows, ROW), np.stack(squares), failed, (number, done)
+                    row, square = measure(frame, canvas, fan, salt)
+                    row["image"], row["frame"] = number, done
+                    rows.append(row)
+                    squares.append(square)
+                    done += 1
+            if not done:
+                failed.append((number, 0, "holds no frame"))
+        except UnidentifiedImageError:
+            failed.append((number, done, "not an image, or cut off in its first bytes"))
+        except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
+            failed.append((number, done, getattr(error, "strerror", None) or str(error) or type(error).__name__))
+    squares = np.stack(squares) if squares else np.zeros((0, canvas, canvas), np.uint8)
+    return np.array(rows, ROW), squares, failed, None
+
+
+def start_worker():
+    """Ctrl-C is the parent's to handle; a parent that was killed must not leave its workers waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def decode_all(paths, canvas, crop_fan, salt, workers=None):
+    """Yield (files ended so far, *decode_chunk's first three) over all paths, in order; files are numbers in `paths`.
+
+    `workers` processes, all cores by default, with a bounded number of frames in flight.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    starts = range(0, len(paths), CHUNK)
+    workers = min(workers or cores, len(starts))
+    # not fork: the caller may run threads (torch, CUDA), whose locks a forked child would inherit locked
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker) if workers > 1 else None
+    todo, pending = ((start, min(start + CHUNK, len(paths)), 0) for start in starts), deque()
+
+    def submit(start, end, frame):
+        work = functools.partial(decode_chunk, paths[start:end], frame, canvas, crop_fan, salt)
+        return start, end, pool.submit(work).result if pool else work
+
+    try:
+        while True:
+            pending.extend(submit(*task) for task in itertools.islice(todo, 1 + 3 * workers - len(pending)))
+            if not pending:
+                return
+            start, end, result = pending[0]
+            rows, canvases, failed, resume = result()
+            pending.popleft()
+            if resume:  # the rest of a long clip comes next
+                pending.appendleft(submit(start + resume[0], end, resume[1]))
+                end = start + resume[0]
+            rows["image"] += start
+            yield end, rows, canvases, [(start + number, frame, reason) for number, frame, reason in failed]
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"a decoding process died: out of memory (fewer --workers than {workers} need less), or a decoder crashed (then "
+            f"--exclude the file, one of {paths[pending[0][0]]} to {paths[pending[-1][1] - 1]})")
+    except BaseException:  # Ctrl-C may strike before the pool has noted a worker that it started: it would wait on it
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------- lists of files
+
+# paths: where to open; names: relative to the source, shown to the user; groups: one string per file, never split
+# between train and test; labels: strings, or None for unlabelled sources; grouped_by: how groups were found, in words;
+# closed: (folder, reason) of folders that could not be opened
+ImageList = namedtuple("ImageList", "paths names groups labels grouped_by closed")
+
+
+def list_images(sources, exclude=(), group_regex=None, labelled=False):
+    """Files of recursive folders, text lists (a path per line) or CSVs (`image[,label][,group]`), one source or a list.
+
+    A group is a patient, an examination or a clip: the CSV's `group` column, else the first capture of
+    `group_regex` in the name, else the parent folder (for a labelled folder, the path below the class). When that
+    leaves a single group, or for images directly in a class folder, each file is a group of its own.
+    With several sources, names and parent folders start with the source's name.
+    Raises ValueError with one sentence that says what is wrong and where.
+    """
+    sources = [sources] if isinstance(sources, str) else sources
+    roots, names, labels, groups, closed = [], [], [], [], []
+    for source, prefix in zip(sources, _prefixes(sources)):
+        if not os.path.exists(source):
+            raise ValueError(f"{source}: no such file or folder")
+        folder = os.path.isdir(source)
+        rows = _walk(source, labelled, closed) if folder else _read_list(source, labelled)
+        for name, label, group in rows:
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+                roots.append((source if folder else os.path.dirname(source), prefix))
+                names.append(name)
+                labels.append(label)
+                groups.append(group)
+    if not names:
+        raise ValueError(f"{', '.join(sources)}: no images found ({', '.join(IMAGE_SUFFIXES)}, DICOM)"
+                         + (f"; excluded: {' '.join(exclude)}" if exclude else "")
+                         + "".join(f"; {name}: {reason}" for name, reason in closed[:1]))
+    paths = [os.path.join(root, name) for (root, _), name in zip(roots, names)]
+    if importlib.util.find_spec("pydicom") is None:
+        for path in filter(_is_dicom, paths):
+            raise ValueError(f"{path} is DICOM: reading it needs pydicom (pip install pydicom); or --exclude such files")
+    below = names
+    names = [os.path.join(prefix, name) for (_, prefix), name in zip(roots, names)]
+    if all(groups):
+        grouped_by = "group column"
+    elif any(groups):
+        raise ValueError(f"{', '.join(sources)}: some have a group column and some have none; give all of them one")
+    elif group_regex:
+        groups, grouped_by = _regex_groups(names, group_regex), f"--group_regex {group_regex}"
+    else:
+        groups, grouped_by = [os.path.dirname(name) for name in names], "parent folder"
+        if labelled and folder:  # what lies below the class: a patient can be in several classes
+            groups = [os.sep.join(name.split(os.sep)[1:-1]) or name for name in below]
+        elif labelled and len({*groups}) == len({*zip(groups, labels)}) == len({*labels}):
+            groups = names  # a folder per class: no folder is a patient
+        if len(set(groups)) == 1 or set(groups) == set(names):
+            groups, grouped_by = names, IMAGE_GROUPS
+    return ImageList(paths, names, groups, labels if labelled else None, grouped_by, closed)
+
+
+def _prefixes(sources):
+    """What tells names of several sources apart: the last part of their paths, or all of it where two are alike."""
+    if len(sources) == 1:
+        return [""]
+    last = [os.path.basename(os.path.abspath(source)) for source in sources]
+    return last if len(set(last)) == len(last) else [os.path.normpath(source).lstrip(os.sep) for source in sources]
+
+
+def _walk(top, labelled, closed):
+    """Yield (name, label, None) of a folder's images; links to folders are followed, but no folder is entered twice."""
+    def note(error):
+        closed.append((error.filename, error.strerror))
+
+    seen, start = set(), len(os.path.join(top, ""))
+    for parent, folders, files in os.walk(top, followlinks=True, onerror=note):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:  # a link back to where we came from, or to what was read already
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        for file in sorted(files):
+            suffix = os.path.splitext(file)[1].lower()
+            if file.startswith(".") or not (suffix in IMAGE_SUFFIXES or suffix in dicom.SUFFIXES or (
+                    not suffix.strip(".0123456789") and os.path.isfile(os.path.join(parent, file))
+                    and dicom.is_dicom(os.path.join(parent, file)))):
+                continue
+            name = os.path.join(parent, file)[start:]
+            if labelled and os.sep not in name:
+                raise ValueError(f"{os.path.join(parent, file)}: not in a class folder; expected "
+                                 f"{top}/CLASS/image, or a CSV with the columns image,label[,group]")
+            yield name, name.split(os.sep)[0], None
+
+
+def _read_list(path, labelled):
+    """Yield (name, label, group) of a text list's or CSV's lines; label and group are None where there is no column."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        first = file.readline()
+        file.seek(0)
+        # UltraDINO's train_paths_2m.csv, too, is a path per line without a header
+        if not path.lower().endswith(".csv") or ("," not in first and first.strip() != "image"):
+            if labelled:
+                raise ValueError(f"{path}: labels need a folder per class or a .csv with the columns image,label")
+            yield from ((line.rstrip("\r\n"), None, None) for line in file if line.strip())
+            return
+        reader = csv.DictReader(file)
+        known, needed = {"image", "label", "group"}, {"image", "label"} if labelled else {"image"}
+        columns = set(reader.fieldnames or ())
+        if not needed <= columns or not columns <= known:
+            raise ValueError(f"{path}: columns are {','.join(reader.fieldnames or ())}; expected "
+                             + ("image,label[,group]" if labelled else "image[,group]"))
+        for row in reader:
+            if any(not row.get(column) for column in columns) or None in row:
+                raise ValueError(f"{path}, line {reader.line_num}: expected {len(columns)} filled columns, got "
+                                 f"{list(row.values())}")
+            yield row["image"], row.get("label"), row.get("group")
+
+
+def _regex_groups(names, pattern):
+    try:
+        pattern = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--group_regex {pattern!r}: {error}")
+    groups = []
+    for name in names:
+        match = pattern.search(name)
+        if not match or not match.groups() or not match.group(1):
+            failure = "has no (capture) in" if match else "does not match"
+            raise ValueError(f"--group_regex {pattern.pattern!r} {failure} {name!r}")
+        groups.append(match.group(1))
+    return groups

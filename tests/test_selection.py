@@ -1,0 +1,196 @@
+"""What stays in a pack: duplicates, caps, colour, the fan, look-alikes of held-out images, DICOM's patients."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_pack import make, names, save, skipped, speckle, write_csv
+
+import leakage
+import selection
+from images import load_grey, resize_square
+from phantom import phantom_images
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """Six frames of six patients, uint8 (6, 256, 256)."""
+    pixels, _, groups = phantom_images(24, 256, seed=5)
+    return pixels[np.unique(groups, return_index=True)[1][:6]]
+
+
+def as_jpeg(path, grey, quality=60):
+    save(path, grey, quality=quality)
+
+
+# ---------------------------------------------------------------- duplicates, caps, colour
+
+def test_duplicates_are_counted_and_dropped_on_request(tmp_path, frames):
+    src = tmp_path / "src"
+    save(src / "p" / "0.png", frames[0])
+    save(src / "p" / "1.bmp", frames[0])  # equal
+    as_jpeg(src / "p" / "2.jpg", frames[0])  # nearly
+    save(src / "p" / "3.png", frames[1])
+    save(src / "q" / "0.png", frames[1])  # equal, of another group
+    as_jpeg(src / "q" / "1.jpg", frames[0], 80)  # nearly equal, but not of its own group: stays
+    made, log = make(src, tmp_path / "kept")
+    assert len(made) == 6 and (made.info["equal"], made.info["near"], made.info["equal_across_groups"]) == (2, 1, 1)
+    assert "2 images equal an earlier one (1 one of another group), 1 nearly equal one of their group: kept" in log
+    made, log = make(src, tmp_path / "left", dedup=True)
+    assert names(made) == ["p/0.png", "p/3.png", "q/1.jpg"]
+    assert skipped(made) == {"p/1.bmp": "equal to an earlier image", "q/0.png": "equal to an earlier image",
+                             "p/2.jpg": "nearly equal to an earlier image of its group"}
+    assert "left out" in log and made.groups.tolist() == [0, 0, 1]
+    for name, canvas in zip(names(made), made.canvases):
+        assert np.array_equal(canvas, resize_square(load_grey(src / name), 16)), name
+
+
+def test_long_clips_are_capped_evenly(tmp_path):
+    for group, count in (("long", 10), ("short", 3)):
+        for number in range(count):
+            save(tmp_path / "src" / group / f"{number}.png", speckle(number + 50 * count))
+    made, log = make(tmp_path / "src", tmp_path / "out", max_per_group=4)
+    assert sorted(names(made)) == [*(f"long/{number}.png" for number in (2, 4, 7, 9)),
+                                   *(f"short/{number}.png" for number in range(3))]
+    assert "over --max_per_group 4: 6 images left out" in log and len(skipped(made)) == 6
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 50])
+def test_spread_takes_as_many_as_it_may_at_even_distances(most):
+    groups = np.random.default_rng(0).permutation(np.repeat([5, 3, 9], [1, 20, 7])).astype(np.uint64)
+    keep = selection.spread(groups, most)
+    for group, count in ((5, 1), (3, 20), (9, 7)):
+        places = np.flatnonzero(keep[groups == group])
+        assert len(places) == min(most, count)
+        if len(places) > 1:
+            assert np.ptp(np.diff(places)) <= 1
+
+
+def test_colour_frames_are_counted_and_dropped_on_request(tmp_path, frames):
+    doppler = np.repeat(frames[0][..., None], 3, axis=2)
+    doppler[100:160, 100:160, 0] = 255  # 5 % of the pixels
+    save(tmp_path / "src" / "doppler.png", doppler)
+    save(tmp_path / "src" / "grey.png", frames[1])
+    made, log = make(tmp_path / "src", tmp_path / "kept")
+    assert len(made) == 2 and "colour: 1 images: kept; --drop_colour leaves them out" in log
+    colour = np.loadtxt(tmp_path / "kept" / "index.csv", delimiter=",", skiprows=1, usecols=5)
+    assert dict(zip(names(made), colour)) == {"doppler.png": 1, "grey.png": 0}
+    made, log = make(tmp_path / "src", tmp_path / "left", drop_colour=True)
+    assert names(made) == ["grey.png"] and skipped(made) == {"doppler.png": "in colour"} and "1 images: left out" in log
+
+
+def test_crop_fan_trims_the_screen_and_keeps_the_hashes(tmp_path):
+    rows, columns = np.mgrid[:300, :400]
+    fan = (columns > 100) & (columns < 300) & (rows > 50) & (rows < 250)
+    screen = np.where(fan, 80 + speckle(3, (300, 400)) // 4, 0).astype(np.uint8)
+    screen[10:20, 10:60] = 255  # text
+    save(tmp_path / "src" / "screen.png", screen)
+    whole, _ = make(tmp_path / "src", tmp_path / "whole", canvas=64)
+    made, _ = make(tmp_path / "src", tmp_path / "trimmed", canvas=64, crop_fan=True)
+    width, height = made.sizes[0]
+    assert whole.sizes.tolist() == [[400, 300]] and 199 <= width <= 215 and 199 <= height <= 215
+    assert made.canvases.max() < 160 and made.mean > 2 * whole.mean
+    assert np.array_equal(made.hashes, whole.hashes) and np.array_equal(made.looks, whole.looks)
+
+
+# ---------------------------------------------------------------- the leakage guard
+
+def test_a_reexported_holdout_frame_stays_out_with_its_group(tmp_path, frames):
+    src = tmp_path / "src"
+    for number, frame in enumerate(frames):
+        save(src / f"patient{number // 2}_{number}.png", frame)
+    smaller = np.asarray(Image.fromarray(frames[2]).resize((180, 190), Image.Resampling.BICUBIC))
+    as_jpeg(tmp_path / "test" / "export.jpg", smaller)
+    made, log = make(src, tmp_path / "out", holdout=[str(tmp_path / "test")])  # each image its own group
+    assert len(made) == 5 and skipped(made) == {"patient1_2.png": "held out (looks like a held-out image)"}
+    assert "0 identical images, 1 look-alikes" in log
+    made, _ = make(src, tmp_path / "named", holdout=[str(tmp_path / "test")], group_regex="(patient.)")
+    assert skipped(made) == {"patient1_2.png": "held out (looks like a held-out image)",
+                             "patient1_3.png": "held out (group patient1)"}
+
+
+def test_names_stay_in_the_two_private_files(tmp_path, frames):
+    save(tmp_path / "src" / "DOE_JANE" / "DOE_JANE_1.png", frames[0])
+    save(tmp_path / "src" / "ROE_MARY" / "ROE_MARY_1.png", frames[1])
+    save(tmp_path / "src" / "ROE_MARY" / "ROE_MARY_2.png", frames[1])
+    one, _ = make(tmp_path / "src", tmp_path / "one", group_regex="([A-Z_]+)/", dedup=True)
+    two, _ = make(tmp_path / "src", tmp_path / "two", group_regex="([A-Z_]+)/", dedup=True)
+    naming = {path.name for path in Path(one.folder).iterdir() if b"DOE" in path.read_bytes() or b"ROE" in path.read_bytes()}
+    assert naming == {"names.csv", "skipped.txt"}
+    assert one.info["salt"] != two.info["salt"] and not set(one.group_digests) & set(two.group_digests)
+    assert one.info["digest"] == two.info["digest"]
+    seen = one.digests()
+    assert int(seen["group_digests"][1]) == leakage.salted("ROE_MARY", seen["salt"])
+    for name in naming:
+        os.remove(Path(one.folder, name))
+    shared = type(one)(one.folder)  # reads as before without them
+    assert shared.names([1]) == ["canvas 1"] and np.array_equal(shared.canvases, one.canvases)
+
+
+def test_folder_names_are_not_compared_with_a_test_set(tmp_path, frames):
+    save(tmp_path / "src" / "1" / "a.png", frames[0])
+    save(tmp_path / "src" / "2" / "b.png", frames[1])
+    made, _ = make(tmp_path / "src", tmp_path / "out")
+    assert set(made.digests()) == {"content", "looks"}
+
+
+# ---------------------------------------------------------------- sources and DICOM
+
+def test_several_sources(tmp_path, frames):
+    for number, source in enumerate(("a", "b")):
+        save(tmp_path / source / "p" / "0.png", frames[number])
+        save(tmp_path / source / "q" / "1.png", frames[2 + number])
+    made, log = make([tmp_path / "a", tmp_path / "b"], tmp_path / "out", exclude=["q/*"])
+    assert names(made) == ["a/p/0.png", "b/p/0.png"] and made.groups.tolist() == [0, 1]
+    write_csv(tmp_path / "a" / "list.csv", ("image", "group"), ("p/0.png", "x"), ("q/1.png", "y"))
+    write_csv(tmp_path / "b" / "list.csv", ("image", "group"), ("p/0.png", "x"))
+    made, log = make([tmp_path / "a/list.csv", tmp_path / "b/list.csv"], tmp_path / "named")
+    assert made.groups.tolist() == [0, 1, 0] and "2 groups by group column" in log  # one patient in both
+
+
+def save_dicom(path, frames, patient, study):
+    pydicom = pytest.importorskip("pydicom")
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.3.1", pydicom.uid.generate_uid()
+    ds.PatientID, ds.StudyInstanceUID = patient, study
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.BitsAllocated = ds.BitsStored = 8
+    ds.HighBit, (ds.NumberOfFrames, ds.Rows, ds.Columns) = 7, frames.shape
+    ds.PixelSpacing = [0.25, 0.5]
+    ds.PixelData = frames.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.save_as(path, enforce_file_format=True)
+
+
+def test_dicom_patients_are_groups_and_are_held_out(tmp_path, frames):
+    save_dicom(tmp_path / "src" / "IM0", frames[:2], "P1", "1.1")
+    save_dicom(tmp_path / "src" / "IM1", frames[2:3], "P1", "1.2")
+    save_dicom(tmp_path / "src" / "sub" / "IM2.dcm", frames[3:4], "P2", "1.3")
+    save(tmp_path / "src" / "sub" / "plain.png", frames[4])
+    made, log = make(tmp_path / "src", tmp_path / "out")
+    assert names(made) == ["IM0", "IM0 (frame 1)", "IM1", "sub/IM2.dcm", "sub/plain.png"]
+    assert made.groups.tolist() == [0, 0, 0, 1, 2] and "3 groups by DICOM patient, else parent folder" in log
+    mm = np.loadtxt(tmp_path / "out/index.csv", delimiter=",", skiprows=1, usecols=(6, 7))
+    assert mm.tolist() == [[0.5, 0.25]] * 4 + [[0, 0]]
+    save_dicom(tmp_path / "test" / "other.dcm", frames[5:6], "P1", "1.9")  # another study of the first patient
+    made, _ = make(tmp_path / "src", tmp_path / "held", holdout=[str(tmp_path / "test")])
+    assert names(made) == ["sub/IM2.dcm", "sub/plain.png"] or names(made) == ["sub/plain.png", "sub/IM2.dcm"]
+    assert made.info["held_out_by_group"] == 3 and made.info["held_out_groups"] == 1
+
+
+def test_anonymised_dicom_goes_by_study(tmp_path, frames):
+    for number in range(3):
+        save_dicom(tmp_path / "src" / f"{number}.dcm", frames[number:number + 1], "ANONYMOUS", f"1.{number // 2}")
+    made, log = make(tmp_path / "src", tmp_path / "out")
+    assert made.groups.tolist() == [0, 0, 1] and "2 groups by DICOM study" in log
+
+
+def test_a_regex_goes_before_dicom_names(tmp_path, frames):
+    for number in range(2):
+        save_dicom(tmp_path / "src" / f"clip{number}.dcm", frames[:2] + number, "P", f"1.{number}")
+    made, log = make(tmp_path / "src", tmp_path / "out", group_regex="(clip.)")
+    assert made.groups.tolist() == [0, 0, 1, 1] and json.loads((tmp_path / "out/pack.json").read_text())["groups_named"]
