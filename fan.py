@@ -8,11 +8,12 @@ The rule, on a copy of the frame reduced to at most SIDE pixels a side:
 1. The background is the most frequent level along the frame's edge, be it black, grey or white.
 2. What differs from it is echo or overlay. An opening takes away what is thin: text, rulers, grey bars, traces.
 3. Of the connected parts left, the heaviest is the fan. Another joins it (what lies behind a shadow, a second view) if
-   it is large, or if the two have a convex hull with little else in it; logos, thumbnails and bars do not.
+   it is heavy too, or if their common convex hull has little else in it; logos, thumbnails and bars do not.
 4. The fan is the convex hull, which holds shadows, cysts and a dark far field, and MARGIN around it.
 
 In doubt nothing is trimmed: a frame with no flat background or no large part, or filled by one, is all fan. Echoes as
-black as the background cannot be told from it at the fan's rim: a clip's maximum shows more of them than a still.
+dark as the background cannot be told from it at the fan's rim: a clip's maximum shows more of them than a still. What
+touches the fan and is thick, or within some 20 pixels of a 640 x 480 screen, stays.
 """
 
 import numpy as np
@@ -22,9 +23,9 @@ SIDE = 160  # longest side of the reduced frame; the lengths below are in its pi
 OPENING = 3 / 160  # of the longest side: what is no thicker than twice that goes, 24 pixels of a 640 x 480 screen
 TOLERANCE = 2  # grey levels around the background's that still are background
 MARGIN = 1  # around the hull: a dim pixel at the rim, or one that the fan covers by a twentieth, is not in the hull
-SMALLEST = 0.01  # share of the frame below which nothing is a fan, and beside it nothing worth trimming
-SECOND = 0.2  # a part this heavy, as a share of the heaviest, joins it
-BRIDGE = 3.0  # a lighter part joins if the hull grows by no more than this times the part's area
+SMALLEST = 0.01  # share of the frame: what is smaller is no fan, and beside one not worth trimming
+SECOND = 0.2  # a part joins the heaviest if it weighs this share of it,
+BRIDGE = 3.0  # or if the hull grows by no more than this times the part's area
 
 
 def find_fan(grey):
@@ -55,14 +56,14 @@ def apply_fan(grey, fan):
 
 
 def background(pixels):
-    """The most frequent level of the frame's edge, or None if the levels around it are frequent too, as in tissue."""
+    """The most frequent level of the frame's edge; None where it is tissue, most of whose levels lie further off."""
     ring = np.concatenate([pixels[:3].ravel(), pixels[-3:].ravel(), pixels[:, :3].ravel(), pixels[:, -3:].ravel()])
-    counts = np.pad(np.bincount(ring, minlength=256), 12)
+    counts = np.pad(np.bincount(ring, minlength=256), 14)  # level 0 is at 14
     near = np.convolve(counts, np.ones(5), "same")  # of a level and the two on either side
-    level = near.argmax() - 2 + counts[near.argmax() - 2:near.argmax() + 3].argmax()
-    if near.max() < 0.5 * counts[level - 12:level + 13].sum():
+    middle = near.argmax()
+    if near[middle] < 0.5 * counts[middle - 12:middle + 13].sum():
         return None
-    return level - 12
+    return int(middle - 2 + counts[middle - 2:middle + 3].argmax()) - 14
 
 
 def hull_of_parts(difference):
@@ -77,8 +78,8 @@ def hull_of_parts(difference):
             break
     else:
         return []
-    # weighed by contrast up to 40 grey levels: a stripe outweighs noise, but a bright logo no dim fan
-    weights = np.bincount(labels.ravel(), np.minimum(difference, 40).ravel()) * (areas > 0)
+    # weighed by contrast up to 25 grey levels: a bright stripe counts against faint noise, a logo not against a dim fan
+    weights = np.bincount(labels.ravel(), np.minimum(difference, 25).ravel()) * (areas > 0)
     corners, size = [], 0.0
     for part in np.argsort(-weights, kind="stable")[:min(8, np.count_nonzero(areas))]:
         pixels = dilate(labels == part, radius + 1) & mask  # the opening has cut its corners: regrow them

@@ -31,6 +31,14 @@ def hold_out(images, path, share=0.4):
             writer.writerows(own[np.isin(own[:, 2], rng.permutation(groups)[:round(share * len(groups))])])
 
 
+def hold_out_both(data, out):
+    """Write the two hold-out lists into `out` -> {name: path}."""
+    tests = {"pocus": f"{out}/pocus_test.csv", "busi": f"{out}/busi_test.csv"}
+    hold_out(list_images(f"{data}/pocus/labels.csv", labelled=True), tests["pocus"])
+    hold_out(list_images(f"{data}/busi", exclude=MASKS, labelled=True), tests["busi"])
+    return tests
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("data", metavar="DATA", help="folder with busi, pocus and hc18")
@@ -39,9 +47,7 @@ def main():
     args = parser.parse_args()
     data, out = args.data, args.out
     os.makedirs(out, exist_ok=True)
-    tests = {"pocus": f"{out}/pocus_test.csv", "busi": f"{out}/busi_test.csv"}
-    hold_out(list_images(f"{data}/pocus/labels.csv", labelled=True), tests["pocus"])
-    hold_out(list_images(f"{data}/busi", exclude=MASKS, labelled=True), tests["busi"])
+    tests = hold_out_both(data, out)
     commands = [["python", "pretrain.py", "--data", data, "--exclude", *MASKS, "--group_regex", GROUP, "--holdout",
                  *tests.values(), "--output_dir", out, "--total_samples", args.total_samples, *FLAGS]]
     commands += [["python", "fewshot.py", "--ckpt", f"{out}/last.pt", "--data", test, "--shots", "1", "5", "10",

@@ -161,9 +161,18 @@ def test_a_small_part_joins_over_a_narrow_gap_only():
     shadow = sector(320, 0, 0, 999, 0.5) & ~sector(320, 0, 0, 999, 0.42) & (np.arange(W) > 320)
     grey = np.where(shadow, 0, echoes(truth))
     assert not ((grey > 0) & ~fan.find_fan(grey)).any()
+    assert ndimage.label(grey > 0)[1] == 2
     logo = rectangle(0, 0, 80, 70)
     found = fan.find_fan(np.where(logo, 255, echoes(truth, level=8.0)))  # bright, beside a dim fan
     assert not found[logo].any() and (truth & ~found).sum() < 1e-3 * truth.sum()
+
+
+def test_a_heavy_part_joins_over_any_gap():
+    near, far = rectangle(240, 20, 400, 70), rectangle(190, 330, 450, 430)
+    assert not ((near | far) & ~fan.find_fan(echoes(near | far))).any()
+    stripe, faint = rectangle(250, 20, 390, 50), rectangle(150, 300, 490, 440)  # heavy by its contrast, not its area
+    grey = np.where(faint, np.random.default_rng(0).uniform(3, 7, faint.shape), echoes(stripe)).astype(np.uint8)
+    assert not ((stripe | faint) & ~fan.find_fan(grey)).any()
 
 
 def test_dual_view():
@@ -225,6 +234,7 @@ FULL = {"tissue to the edge": speckle(), "dark tissue": speckle(level=12.0),
         "dark below": (speckle() * np.linspace(1.8, 0.15, H)[:, None]).clip(0, 255).astype(np.uint8),
         "brighter above": (speckle() * np.linspace(1.5, 0.3, H)[:, None]).clip(0, 255).astype(np.uint8),
         "black": np.zeros((H, W), np.uint8), "white": np.full((H, W), 255, np.uint8),
+        "noisy black": np.abs(6 * np.random.default_rng(0).standard_normal((H, W))).astype(np.uint8),
         "one line of text": overlay("text") * (np.arange(H)[:, None] < 34).astype(np.uint8),
         "a trace alone": overlay("trace"), "a thin bar of black": speckle() * (np.arange(W) > 3).astype(np.uint8)}
 
@@ -282,6 +292,13 @@ def test_label_follows_a_spiral():
             mask[y, x], y, x = True, y + dy, x + dx
         dy, dx, length = dx, -dy, length + (dx == 0) * 2
     assert ndimage.label(mask)[1] == 1 and len(np.unique(fan.label(mask))) == 2
+
+
+@pytest.mark.parametrize("level", [0, 1, 40, 254, 255])
+def test_background_is_the_most_frequent_level(level):
+    noisy = np.random.default_rng(0).choice([level - 1, level, level + 1], (60, 80), p=[0.2, 0.6, 0.2]).clip(0, 255)
+    assert fan.background(np.full((60, 80), level, np.uint8)) == fan.background(noisy.astype(np.uint8)) == level
+    assert fan.background(speckle((60, 80))) is None
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
