@@ -53,8 +53,9 @@ class Pack:
         self.canvases = np.memmap(data_path, np.uint8, "r", shape=(images, canvas, canvas))
         index = _read_table(os.path.join(folder, "index.csv"), INDEX, images)
         self.sizes = np.stack((index["width"], index["height"]), axis=1)  # (images, 2)
-        self.groups = index["group"]  # (images,)
-        self.hashes, self.looks = _from_hex(index["hash"])[:, 0], _from_hex(index["looks"])  # uint64 (images,), (images, WORDS)
+        self.groups = index["group"].copy()  # (images,); a view would keep all of the table
+        self.hashes = _from_hex(index["hash"])[:, 0]  # uint64 (images,)
+        self.looks = _from_hex(index["looks"])  # uint64 (images, WORDS)
         digests = _read_table(os.path.join(folder, "groups.csv"), GROUPS, self.info["groups"])
         self.group_digests = _from_hex(digests["digest"])[:, 0]  # uint64 (groups,)
 
@@ -306,9 +307,11 @@ class PretrainBatches(torch.utils.data.Dataset):
 
         Canvases that a worker read are overwritten after the next item but one is asked for: copy what you keep.
         """
-        self.indices(steps[0])  # the workers, forked from here, share this epoch's order
+        self.indices(steps[0])  # the workers, forked from here, share the pack's index and this epoch's order
+        fork = num_workers and "fork" in torch.multiprocessing.get_all_start_methods()
         return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers,
-                                                prefetch_factor=PREFETCH if num_workers else None, **how))
+                                                prefetch_factor=PREFETCH if num_workers else None,
+                                                multiprocessing_context="fork" if fork else None, **how))
 
     def indices(self, step):
         """Numbers of the images of the whole global batch of a step: (batch,)."""

@@ -27,6 +27,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000  # of a frame: no ultrasound machine's; what claims more is damaged, or made to fill memory
 COLOUR_SPREAD, COLOUR_SHARE = 24, 0.01  # in colour: over 1 % of the pixels have channels further apart than 24
 SAMPLED = 4_000_000  # pixels of a file whose percentiles scale it: all of a single frame, a grid over many
+ORIENTATION = 0x0112  # EXIF's tag
 IMAGE_GROUPS = "image (each image is its own group)"
 CHUNK = 8  # files a worker decodes per task: large enough to hide the round trip ...
 FRAMES = 32  # ... but it comes back after so many frames: long clips must not pile up in memory
@@ -57,7 +58,7 @@ def read_frames(path, first=0):
         frames = _frame_count(image)
         scale = _percentiles(image, frames) if image.mode.startswith(("I", "F")) else None
         for number in range(first, frames):
-            frame = ImageOps.exif_transpose(_seek(image, number))
+            frame = _upright(_seek(image, number))
             if scale is not None:
                 yield Frame(_scaled(frame, *scale), False, (0, 0), "", "")
             else:
@@ -90,6 +91,10 @@ def _seek(image, number):
     return image
 
 
+def _upright(image):
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+
+
 def _grey_and_colour(image):
     """Pillow image of 8-bit channels -> uint8 grey (h, w), whether it is a colour image."""
     if image.mode in ("1", "L"):
@@ -97,11 +102,11 @@ def _grey_and_colour(image):
     if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):  # transparency is shown on black, B-mode's background
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     red, green, blue = image.split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
     lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
-    spread = ImageChops.subtract(highest, lowest).histogram()  # (256,) pixels by distance of their channels
+    spread = ImageChops.difference(highest, lowest).histogram()  # (256,) pixels by distance of their channels
     colour = sum(spread[COLOUR_SPREAD + 1:]) > COLOUR_SHARE * sum(spread)
     return np.asarray(image.convert("L")), colour
 
@@ -161,7 +166,7 @@ def measure(frame, canvas, fan, salt):
         grey, _ = apply_fan(grey, fan if fan.shape == grey.shape else find_fan(grey))
     row["height"], row["width"] = grey.shape
     square = resize_square(grey, canvas)
-    levels, counts = np.arange(256), np.bincount(square.ravel(), minlength=256)
+    levels, counts = np.arange(256), np.array(Image.fromarray(square).histogram())
     row["sum"], row["squares"] = levels @ counts, levels ** 2 @ counts
     return row, square
 
@@ -249,8 +254,8 @@ def decode_all(paths, canvas, crop_fan, salt, workers=None):
             yield end, rows, canvases, [(start + number, frame, reason) for number, frame, reason in failed]
     except BrokenProcessPool:
         raise ChildProcessError(
-            f"a decoding process died: out of memory (fewer --workers than {workers} need less), or a decoder crashed (then "
-            f"--exclude the file, one of {paths[pending[0][0]]} to {paths[pending[-1][1] - 1]})")
+            f"a decoding process died: out of memory (fewer --workers than {workers} need less), or a decoder crashed "
+            f"(--exclude the file, one of {paths[pending[0][0]]} to {paths[pending[-1][1] - 1]})")
     except BaseException:  # Ctrl-C may strike before the pool has noted a worker that it started: it would wait on it
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
@@ -297,7 +302,8 @@ def list_images(sources, exclude=(), group_regex=None, labelled=False):
     paths = [os.path.join(root, name) for (root, _), name in zip(roots, names)]
     if importlib.util.find_spec("pydicom") is None:
         for path in filter(_is_dicom, paths):
-            raise ValueError(f"{path} is DICOM: reading it needs pydicom (pip install pydicom); or --exclude such files")
+            raise ValueError(f"{path} is DICOM: reading it needs pydicom (pip install pydicom); or --exclude such "
+                             f"files")
     below = names
     names = [os.path.join(prefix, name) for (_, prefix), name in zip(roots, names)]
     if all(groups):

@@ -43,7 +43,8 @@ try:
 except ImportError:  # Windows: two processes may not pack into one folder, but nothing stops them
     fcntl = None
 
-OPTIONS = ("exclude", "holdout", "group_regex", "canvas", "dedup", "max_per_group", "drop_colour", "crop_fan", "max_skipped")
+OPTIONS = ("exclude", "holdout", "group_regex", "canvas", "dedup", "max_per_group", "drop_colour", "crop_fan",
+           "max_skipped")
 SAVE_EVERY = 10  # seconds between entries into the journal of an unfinished pack: what a killed run loses
 
 
@@ -216,8 +217,8 @@ def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
                 if bad > max_skipped * len(images.names):
                     number, _, reason = failed[-1]
                     raise ValueError(f"{bad:,} of {len(images.names):,} files cannot be read, over --max_skipped "
-                                     f"{max_skipped}; the last: {paths[number]}: {reason}. Is this the source you meant? "
-                                     f"With a higher --max_skipped the same command goes on")
+                                     f"{max_skipped}; the last: {paths[number]}: {reason}. Is this the source you "
+                                     f"meant? With a higher --max_skipped the same command goes on")
                 bar.set_postfix_str(str(journal), refresh=False)
                 bar.update(ended - done)
                 done = ended
@@ -230,8 +231,8 @@ def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
         with contextlib.suppress(OSError):  # a full disk: what was saved before stays
             journal.save()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise OSError(f"{journal.paths[0]}: the disk is full after {journal}; free some room, then the same command "
-                          f"goes on from there") from error
+            raise OSError(f"{journal.paths[0]}: the disk is full after {journal}; free some room, then the same "
+                          f"command goes on from there") from error
         raise
 
 
@@ -398,8 +399,8 @@ def report(info, out, log):
             log(f"  WARNING: the source's groups go by {info['grouped_by']}: other images of held-out patients or "
                 f"clips may remain in; name groups by --group_regex or a group column")
     if info["equal"] or info["near"]:
-        log(f"duplicates: {counts['equal']} images equal an earlier one ({counts['equal_across_groups']} one of another "
-            f"group), {counts['near']} nearly equal one of their group: "
+        log(f"duplicates: {counts['equal']} images equal an earlier one ({counts['equal_across_groups']} one of "
+            f"another group), {counts['near']} nearly equal one of their group: "
             + ("left out" if made["dedup"] else "kept; --dedup leaves them out"))
     if info["colour"]:
         log(f"colour: {counts['colour']} images: "
@@ -429,15 +430,15 @@ def pack_phantoms(out, images=12000, canvas=64, seed=0, log=print):
         pixels.tofile(journal.paths[0])
         digests = np.array([salted(str(group), journal.salt) for group in groups], np.uint64)
         write_skipped(part, [])
-        write_tables(part, rows, digests, np.ones(images, bool), names, canvas, journal.salt, grouped_by="phantom patient",
-                     recipe=made_from)
+        write_tables(part, rows, digests, np.ones(images, bool), names, canvas, journal.salt,
+                     grouped_by="phantom patient", recipe=made_from)
         settle(part, out)
     log(f"{images:,} phantom images, {len(set(groups.tolist())):,} groups by phantom patient -> {out} "
         f"({_size(images * canvas ** 2)})")
 
 
 def open_pack(sources, folder, is_first, **how):
-    """What pretraining reads: the one source if it is a pack, else the pack `folder`, made from the sources if not there.
+    """What pretraining reads: the one source if it is a pack, else the pack `folder`, made if it is not there.
 
     Only the first process of a machine makes it, and of several machines that share the folder only one; the others
     wait for the folder, which appears when it is complete.
@@ -446,8 +447,9 @@ def open_pack(sources, folder, is_first, **how):
     if packs:
         if len(sources) > 1:
             raise ValueError(f"{packs[0]} is a pack: it must be the only --data; pack all images into one by pack.py")
-        if how["exclude"] or how["holdout"] or how["group_regex"]:
-            raise ValueError(f"{packs[0]} is a pack already: give --exclude, --holdout, --group_regex to pack.py")
+        wanted = [f"--{name}" for name, value in how.items() if value and name not in ("canvas", "max_skipped")]
+        if wanted:
+            raise ValueError(f"{packs[0]} is a pack already: give {', '.join(wanted)} to pack.py")
         return Pack(packs[0])
 
     def make():
@@ -464,7 +466,8 @@ def open_phantoms(folder, images, canvas, seed, is_first):
     """The pack `folder` of phantom images, drawn if not there yet."""
     data = make_or_wait(folder, is_first, lambda: pack_phantoms(folder, images, canvas, seed))
     if data.info["recipe"] != {"phantoms": images, "canvas": canvas, "seed": seed}:
-        raise ValueError(f"{folder} holds other images ({data.info['recipe']}): delete it, or choose another --output_dir")
+        raise ValueError(f"{folder} holds other images ({data.info['recipe']}): delete it, or choose another "
+                         f"--output_dir")
     return data
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from real_cpu import FLAGS, GROUP, MASKS, hold_out_both
 from record import ROOT, machine, write_part
 
-OPTIONS = {"as the paper (--flip vertical)": [], "--flip horizontal": ["--flip", "horizontal"], "--flip none": ["--flip", "none"],
-           "--mask_tissue": ["--mask_tissue"], "--crop_fan": []}
+OPTIONS = {"as the paper (--flip vertical)": [], "--flip horizontal": ["--flip", "horizontal"],
+           "--flip none": ["--flip", "none"], "--mask_tissue": ["--mask_tissue"], "--crop_fan": []}
 SHOTS = "5"
 
 
@@ -51,15 +51,16 @@ def main():
             *tests.values(), *FLAGS[:2], *["--crop_fan"][:trimmed])
 
     scores = {}  # option: per seed, [score of each test and classifier]
-    for option, flags in OPTIONS.items():
+    for number, (option, flags) in enumerate(OPTIONS.items()):
         for seed in range(args.seeds):
-            folder = f"{out}/{len(scores)}_{seed}"
+            folder = f"{out}/{number}_{seed}"
             run("pretrain.py", "--data", packs[option == "--crop_fan"], "--output_dir", folder, "--seed", str(seed),
                 "--total_samples", args.total_samples, *FLAGS[2:], *flags)
             found = {}
             for name, test in tests.items():
-                run("fewshot.py", "--ckpt", f"{folder}/last.pt", "--data", test, "--shots", SHOTS, "--json", f"{folder}/{name}.json")
-                found.update({(name, classifier): value for classifier, value in score(f"{folder}/{name}.json").items()})
+                result = f"{folder}/{name}.json"
+                run("fewshot.py", "--ckpt", f"{folder}/last.pt", "--data", test, "--shots", SHOTS, "--json", result)
+                found.update({(name, classifier): value for classifier, value in score(result).items()})
             scores.setdefault(option, []).append(found)
 
     first, rows = scores[next(iter(OPTIONS))], []
@@ -67,10 +68,10 @@ def main():
         for key in first[0]:
             values = np.array([found[key] for found in runs])
             change = values - [found[key] for found in first]
-            rows.append({"option": option, "test": key[0], "classifier": key[1], "balanced accuracy, mean of seeds": values.mean(),
+            rows.append({"option": option, "test": key[0], "classifier": key[1], "balanced accuracy": values.mean(),
                          "per seed": " ".join(f"{value:.3f}" for value in values),
-                         "change, mean": "" if runs is first else f"{change.mean():+.3f}",
-                         "change, per seed": "" if runs is first else " ".join(f"{value:+.3f}" for value in change)})
+                         "change": "" if runs is first else f"{change.mean():+.3f}",
+                         "per seed ": "" if runs is first else " ".join(f"{value:+.3f}" for value in change)})
     with open(f"{packs[False]}/pack.json") as file:
         info = json.load(file)
     caption = (f"{info['images']:,} training images of {info['groups']:,} groups; {args.total_samples} samples a run, "

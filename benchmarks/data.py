@@ -40,6 +40,10 @@ def median_of(rows, key):
     return statistics.median(row[key] for row in rows)
 
 
+def spread(values):
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 def cpu_seconds():
     """Of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -117,16 +121,16 @@ def part_reading(report, folder, images=15_000, canvas=384, batch=128, steps=120
     report(f"{images:,} canvases of {canvas} in the page cache, batches of {batch}, 2 global and "
            f"{args.local_crops_number} local crops; medians of {repeats} rounds of {steps} steps. A loader row has all "
            "that PretrainBatches does: order, random draws, masks, canvases and the way through shared memory into the "
-           "main process, which looks at none of them; in the second row it copies the canvases once more, as pinning them does. "
-           "Not: crops, which the training device makes. CPU time: all processes, the workers' start too.",
+           "main process, which looks at none of them; in the second row it copies the canvases once more, as pinning "
+           "does. Not: crops, which the training device makes. CPU time: all processes, the workers' start too.",
            [{"read by": name, **{key: median_of(rows, key) for key in rows[0]},
-             "GB/s, lowest to highest": f"{min(row['GB/s'] for row in rows):.2f} to {max(row['GB/s'] for row in rows):.2f}"}
-            for name, rows in found.items()])
-    report("Goal.", [goal("2 workers, all that a step needs: GB/s", READING, median_of(found["2 workers"], "GB/s"), True)])
+             "GB/s, lowest to highest": spread([row["GB/s"] for row in rows])} for name, rows in found.items()])
+    report("Goal.", [goal("2 workers, all that a step needs: GB/s", READING, median_of(found["2 workers"], "GB/s"),
+                          least=True)])
     return median_of(found["2 workers"], "CPU ms an image")
 
 
-# ---------------------------------------------------------------- DINOv2's loader, by hand: Pillow, a process, a file a time
+# ---------------------------------------------------------------- DINOv2's loader, by hand in Pillow
 
 def resized_crop(image, size, scale):
     """torchvision's RandomResizedCrop, bicubic, then its horizontal flip of half of them."""
@@ -186,7 +190,8 @@ def save_frames(folder, frames, height=480, width=640):
     pixels = phantom.phantom_images(frames, width)[0][:, (width - height) // 2:][:, :height]
     folders = {}
     for kind, suffix, mode, how in (("PNG", "png", "L", {}), ("PNG, RGB", "png", "RGB", {}),
-                                    ("JPEG", "jpg", "L", {"quality": 90}), ("JPEG, RGB", "jpg", "RGB", {"quality": 90})):
+                                    ("JPEG", "jpg", "L", {"quality": 90}),
+                                    ("JPEG, RGB", "jpg", "RGB", {"quality": 90})):
         folders[kind] = os.path.join(folder, kind.replace(", ", "_"))
         os.makedirs(folders[kind])
         for number, grey in enumerate(pixels):
@@ -208,27 +213,24 @@ def frame_times(source, out):
 
 
 def part_packing(report, folder, frames=120, repeats=5, reading_ms=None):
-    sources, threads = save_frames(folder, frames), torch.get_num_threads()
-    torch.set_num_threads(1)
+    sources = save_frames(folder, frames)
     frame_times(sources["PNG"], os.path.join(folder, "frames.pack"))  # once unmeasured
     found = {kind: [] for kind in sources}
     for _ in range(repeats):
         for kind, source in sources.items():
             found[kind].append(frame_times(source, os.path.join(folder, "frames.pack")))
-    torch.set_num_threads(threads)
     rows = []
     for kind, times in found.items():
         pack_ms, crops_ms = (statistics.median(column) for column in zip(*times))
         rows.append({"files": kind, "KB a file": sum(path.stat().st_size for path in Path(sources[kind]).iterdir())
                      / 1000 / frames, "pack.py ms": pack_ms, "ten crops ms": crops_ms,
                      "times faster": statistics.median(crops / packed for packed, crops in times),
-                     "lowest to highest": "{:.2f} to {:.2f}".format(*(pick(
-                         crops / packed for packed, crops in times) for pick in (min, max)))})
-    report(f"CPU time a frame on one core: {frames} phantom frames of 640x480 with speckle, JPEG quality 90, medians of "
-           f"{repeats} rounds. pack.py: all of make_pack in one process, so decoding, hashes, squashing to 384, writing "
-           "and tables. Ten crops: decoding to RGB, two crops of 224 and eight of 96 with DINOv2's augmentation in "
-           "Pillow (its Gaussian blur, where torchvision's takes longer), to normalised tensors; not collating, not the "
-           "way to the main process, not masks.", rows)
+                     "lowest to highest": spread([crops / packed for packed, crops in times])})
+    report(f"CPU time a frame on one core: {frames} phantom frames of 640x480 with speckle, JPEG quality 90, medians "
+           f"of {repeats} rounds. pack.py: all of make_pack in one process, so decoding, hashes, squashing to 384, "
+           "writing and tables. Ten crops: decoding to RGB, two crops of 224 and eight of 96 with DINOv2's "
+           "augmentation in Pillow (its Gaussian blur, where torchvision's takes longer), to normalised tensors; not "
+           "collating, not the way to the main process, not masks.", rows)
     if reading_ms is not None:
         report(f"CPU time of an image each time it is trained on, ms: packing once in {EPOCHS} epochs and reading by 2 "
                "workers, draws and masks included, against ten crops each time.",
@@ -283,16 +285,18 @@ def part_scale(report, folder, small=10_000, large=2_000_000, groups=5_000, canv
         times.append([step_ms(batches, number * steps, steps) for batches in (few, many)])
     times = times[1:]
     arrays = sum(array.nbytes for array in (pack.sizes, pack.groups, pack.hashes, pack.looks, *many.orders.values()))
-    report(f"A sparse pack of {large:,} canvases in {groups:,} groups, {large * canvas ** 2 / 1e9:.0f} GB apparent, and "
-           f"one of {small:,}. Private memory is dirty pages of this process, Python and torch included, no page cache; "
-           "forked workers share it.",
+    report(f"A sparse pack of {large:,} canvases in {groups:,} groups, {large * canvas ** 2 / 1e9:.0f} GB apparent, "
+           f"and one of {small:,}. Private memory is dirty pages of this process, Python and torch included, no page "
+           "cache; forked workers share it.",
            [{"what": what, "found": value} for what, value in (
                ("opening the pack, s", opened - started), ("first order, s", ordered - opened),
-               ("order, images of a group not neighbours, s", shuffled), ("first batch from a worker, s", arrived - ordered),
+               ("order, groups not stored together, s", shuffled), ("first batch from a worker, s", arrived - ordered),
                ("private memory before, MB", before), ("private memory after, MB", private),
-               ("arrays of index and order, MB", arrays / 2 ** 20), ("page tables after the steps, MB", memory_mb("VmPTE")))])
+               ("arrays of index and order, MB", arrays / 2 ** 20),
+               ("page tables after the steps, MB", memory_mb("VmPTE")))])
     ratio = statistics.median(many_ms / few_ms for few_ms, many_ms in times)
-    report(f"CPU time of a step of {args.batch_size_per_gpu} images in one process; medians of {repeats} rounds in turn.",
+    report(f"CPU time of a step of {args.batch_size_per_gpu} images in one process, canvases that it has not read "
+           f"before; medians of {repeats} rounds in turn.",
            [{"canvases": images, "ms a step": statistics.median(column)} for images, column in
             zip((small, large), zip(*times))])
     report("Goals.", [goal("a step of the large pack, of the small one's", FLAT, ratio),
@@ -314,6 +318,7 @@ def main():
     parser.add_argument("--folder", help="where temporary packs go (2.5 GB); default: the system's")
     parser.add_argument("--quick", action="store_true", help="a handful of small images, to see that it runs")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as DataLoader's workers and its pinning thread have
     reading_ms = None
     for part in [name for name in PARTS if name in args.parts]:  # reading first: packing's second table needs it
         title, run = PARTS[part]

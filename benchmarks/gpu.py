@@ -248,9 +248,8 @@ def pipeline(args, pack, workers, compiled, device="cuda", steps=60, warmup=10):
     step = ours.step(micro, compiled)
     step()
     fixed = step_times({"step": step}, device)["step"]
-    loader = iter(torch.utils.data.DataLoader(
-        data.PretrainBatches(pack, args), batch_size=None, sampler=range(steps), num_workers=workers, pin_memory=True,
-        worker_init_fn=runtime.ignore_signals))
+    loader = data.PretrainBatches(pack, args).loader(range(steps), workers, pin_memory=True,
+                                                     worker_init_fn=runtime.ignore_signals)
     marks, waited, pending = [], 0.0, None
     for number in range(steps):
         if number == warmup:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -468,6 +469,51 @@ def test_interrupted_run_goes_on(tmp_path, number):
     done = run("src", "out", cwd=tmp_path)
     assert done.returncode == 0 and len(Pack(tmp_path / "out")) == 100, done.stderr
     assert ("going on with out.part" in done.stdout) == (number != signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- what pretraining opens
+
+def test_a_folder_is_packed_once_and_other_processes_wait_for_it(tmp_path, clips, capsys):
+    how = pack.options(pack.get_args(["src", "out", "--canvas", "16"]))
+    folder, waiting = str(tmp_path / "out"), []
+    threads = [threading.Thread(target=lambda: waiting.append(pack.open_pack([str(clips)], folder, False, **how)))
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    assert not waiting
+    first = pack.open_pack([str(clips)], folder, True, **how)
+    for thread in threads:
+        thread.join(20)
+    assert [len(one) for one in waiting] == [12, 12] and len(first) == 12
+    assert f"packing {clips} once, into {folder}" in capsys.readouterr().out
+    pack.open_pack([str(clips)], folder, True, **how)
+    assert f"using {folder}, packed earlier" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was packed with other arguments.*delete it"):
+        pack.open_pack([str(clips)], folder, True, **{**how, "dedup": True})
+
+
+def test_another_machine_that_packs_is_waited_for(tmp_path, clips):
+    out, found = str(tmp_path / "out"), []
+    made, _ = make(clips, tmp_path / "elsewhere")
+    with pack.unfinished(out):
+        thread = threading.Thread(target=lambda: found.append(pack.make_or_wait(out, True, lambda: make(clips, out))))
+        thread.start()
+        time.sleep(0.2)
+        assert not found
+    os.rename(made.folder, out)
+    thread.join(20)
+    assert len(found[0]) == 12
+
+
+def test_a_pack_takes_no_packing_flags_and_no_company(tmp_path, clips):
+    make(clips, tmp_path / "made")
+    for how in (dict(exclude=["x"]), dict(holdout=["x"]), dict(group_regex="(x)"), dict(dedup=True), dict(crop_fan=True),
+                dict(max_per_group=3), dict(drop_colour=True)):
+        with pytest.raises(ValueError, match=f"is a pack already: give --{list(how)[0]} to pack.py"):
+            pack.open_pack([str(tmp_path / "made")], "unused", True, canvas=384, max_skipped=0.5, **how)
+    with pytest.raises(ValueError, match="must be the only --data"):
+        pack.open_pack([str(tmp_path / "made"), str(clips)], "unused", True)
 
 
 # ---------------------------------------------------------------- phantoms
