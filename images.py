@@ -26,7 +26,9 @@ from leakage import WORDS, content_hash, perceptual_hash, salted
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000  # of a frame: no ultrasound machine's; what claims more is damaged, or made to fill memory
 COLOUR_SPREAD, COLOUR_SHARE = 24, 0.01  # in colour: over 1 % of the pixels have channels further apart than 24
-SAMPLED = 4_000_000  # pixels of a file whose percentiles scale it: all of a single frame, a grid over many
+SCALE_FRAMES = 32  # frames of a file whose percentiles scale it
+CLIPS = ("GIF", "TIFF")  # Pillow's formats whose frames are read; a phone's JPEG holds its own thumbnail
+DEEP = ("I", "F")  # its modes of 16-bit, 32-bit and float grey begin so
 ORIENTATION = 0x0112  # EXIF's tag
 IMAGE_GROUPS = "image (each image is its own group)"
 CHUNK = 8  # files a worker decodes per task: large enough to hide the round trip ...
@@ -47,41 +49,43 @@ def read_frames(path, first=0):
 
     Deep pixels become 8 bits by one scale per file, never per frame: brightness must not flicker along a clip.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+        raise ValueError("not a regular file")
     if _is_dicom(path):
         file = dicom.open_dicom(path)
         for pixels in file.pixels(first):  # uint8 (h, w) or (h, w, 3)
             yield Frame(*_grey_and_colour(Image.fromarray(pixels)), file.mm or (0, 0), file.patient, file.study)
         return
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
-        raise ValueError("not a regular file")
     with Image.open(path) as image:
-        frames = _frame_count(image)
-        scale = _percentiles(image, frames) if image.mode.startswith(("I", "F")) else None
-        for number in range(first, frames):
-            frame = _upright(_seek(image, number))
-            if scale is not None:
+        scale = None
+        for number in itertools.count(first) if image.format in CLIPS else [0][first:]:
+            try:
+                frame = _upright(_seek(image, number))
+            except EOFError:
+                return
+            if frame.mode.startswith(DEEP):
+                scale = _percentiles(path) if scale is None else scale
                 yield Frame(_scaled(frame, *scale), False, (0, 0), "", "")
             else:
                 yield Frame(*_grey_and_colour(frame), (0, 0), "", "")
 
 
-def _is_dicom(path):
-    return not os.fspath(path).lower().endswith(IMAGE_SUFFIXES) and dicom.is_dicom(path)
-
-
 def count_frames(path):
-    """Frames of a file by its header, 1 where it cannot be read."""
+    """Frames of a file by its header, 1 where it cannot be read. A header that lies counts as far as the file is long."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return 1
         if _is_dicom(path):
-            return dicom.open_dicom(path).frames
+            return min(dicom.open_dicom(path).frames, os.path.getsize(path))
         with Image.open(path) as image:
-            return _frame_count(image)
+            return image.n_frames if image.format in CLIPS else 1
     except Exception:  # told when the file is read in earnest
         return 1
 
 
-def _frame_count(image):
-    return image.n_frames if image.format in ("GIF", "TIFF") else 1  # a phone's JPEG holds its own thumbnail
+def _is_dicom(path):
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in dicom.SUFFIXES or suffix not in IMAGE_SUFFIXES and os.path.isfile(path) and dicom.is_dicom(path)
 
 
 def _seek(image, number):
@@ -92,16 +96,24 @@ def _seek(image, number):
 
 
 def _upright(image):
-    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+    try:
+        turned = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged tag of a camera is no reason to lose the image
+        turned = 1
+    if image.format == "TIFF":
+        if turned >= 5 and image.info.get("compression") == "raw":
+            raise ValueError("uncompressed TIFF that lies on its side: Pillow would scramble it")
+        return image  # it turns itself
+    return ImageOps.exif_transpose(image) if turned != 1 else image
 
 
 def _grey_and_colour(image):
     """Pillow image of 8-bit channels -> uint8 grey (h, w), whether it is a colour image."""
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L")), False
-    if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):  # transparency is shown on black, B-mode's background
+    if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:  # shown on black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L")), False
     image = image if image.mode == "RGB" else image.convert("RGB")
     red, green, blue = image.split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
@@ -111,12 +123,19 @@ def _grey_and_colour(image):
     return np.asarray(image.convert("L")), colour
 
 
-def _percentiles(image, frames):
-    """0.5 and 99.5 % of the grey levels of a whole file of 16-bit, 32-bit or float frames."""
-    stride, values = 1 + image.width * image.height * frames // SAMPLED if frames > 1 else 1, []
-    for number in range(frames):
-        values.append(_finite(_seek(image, number)).ravel()[::stride])
-    return np.percentile(np.concatenate(values), (0.5, 99.5))
+def _percentiles(path):
+    """0.5 and 99.5 % of the deep grey levels of a whole file, of at most SCALE_FRAMES of its frames, evenly spread."""
+    frames, values = count_frames(path), []
+    with Image.open(path) as image:
+        for number in range(0, frames, -(-frames // SCALE_FRAMES)):
+            try:
+                deep = _seek(image, number).mode.startswith(DEEP)
+                values += [_finite(image).ravel()] if deep else []
+            except Exception:  # told when this frame is read in earnest
+                break
+        if not values:  # as it is not there, or cannot be read, among those
+            values = [_finite(image)]
+    return np.percentile(np.concatenate(values, axis=None), (0.5, 99.5))
 
 
 def _scaled(image, low, high):
@@ -176,11 +195,22 @@ def frames_and_fan(path, first, crop_fan):
     frames = read_frames(path, first)
     if not crop_fan:
         return frames, None
-    head = list(itertools.islice(read_frames(path) if first else frames, FAN_FRAMES))
+    head, failure, start = [], [], read_frames(path) if first else frames
+    try:
+        head.extend(itertools.islice(start, FAN_FRAMES))
+    except Exception as error:
+        failure.append(error)
+
+    def again():
+        yield from head
+        for error in failure:
+            raise error
+        yield from start
+
     highest = head[0].grey if head else None
     for frame in head[1:]:  # the border of a clip stands still: one fan for all, that of its brightest pixels
         highest = np.maximum(highest, frame.grey) if frame.grey.shape == highest.shape else highest
-    return frames if first else itertools.chain(head, frames), find_fan(highest) if head else None
+    return frames if first else again(), find_fan(highest) if head else None
 
 
 def decode_chunk(paths, first, canvas, crop_fan, salt):
@@ -363,7 +393,7 @@ def _read_list(path, labelled):
         first = file.readline()
         file.seek(0)
         # UltraDINO's train_paths_2m.csv, too, is a path per line without a header
-        if not path.lower().endswith(".csv") or ("," not in first and first.strip() != "image"):
+        if not path.lower().endswith(".csv") or ("," not in first and first.strip().strip('"') != "image"):
             if labelled:
                 raise ValueError(f"{path}: labels need a folder per class or a .csv with the columns image,label")
             yield from ((line.rstrip("\r\n"), None, None) for line in file if line.strip())
@@ -374,11 +404,14 @@ def _read_list(path, labelled):
         if not needed <= columns or not columns <= known:
             raise ValueError(f"{path}: columns are {','.join(reader.fieldnames or ())}; expected "
                              + ("image,label[,group]" if labelled else "image[,group]"))
-        for row in reader:
-            if any(not row.get(column) for column in columns) or None in row:
-                raise ValueError(f"{path}, line {reader.line_num}: expected {len(columns)} filled columns, got "
-                                 f"{list(row.values())}")
-            yield row["image"], row.get("label"), row.get("group")
+        try:
+            for row in reader:
+                if any(not row.get(column) for column in columns) or None in row:
+                    raise ValueError(f"{path}, line {reader.line_num}: expected {len(columns)} filled columns, got "
+                                     f"{list(row.values())}")
+                yield row["image"], row.get("label"), row.get("group")
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}; does a quotation mark lack its end?")
 
 
 def _regex_groups(names, pattern):
