@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 import os
-import warnings
 
 import numpy as np
 import torch
@@ -38,12 +37,12 @@ class Pack:
         info_path = os.path.join(folder, "pack.json")
         try:
             with open(info_path) as file:
-                self.info = json.load(file)
+                self.info = dict(json.load(file))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: not a readable pack ({error}); make one with: python pack.py SRC {folder}")
-        if self.info.get("version") != PACK_VERSION:
+        if self.info.get("version") != PACK_VERSION or not {"images", "canvas", "mean", "std", "groups"} <= {*self.info}:
             raise ValueError(f"{info_path}: pack version {self.info.get('version')}, this code reads version "
-                             f"{PACK_VERSION}; pack again with: python pack.py SRC OUT")
+                             f"{PACK_VERSION}, whole; pack again with: python pack.py SRC OUT")
         self.folder, self.mean, self.std = folder, self.info["mean"], self.info["std"]
         images, canvas = self.info["images"], self.info["canvas"]
         data_path = os.path.join(folder, "canvases.u8")
@@ -54,10 +53,11 @@ class Pack:
         index = _read_table(os.path.join(folder, "index.csv"), INDEX, images)
         self.sizes = np.stack((index["width"], index["height"]), axis=1)  # (images, 2)
         self.groups = index["group"].copy()  # (images,); a view would keep all of the table
-        self.hashes = _from_hex(index["hash"])[:, 0]  # uint64 (images,)
-        self.looks = _from_hex(index["looks"])  # uint64 (images, WORDS)
+        self.hashes, self.looks = index["hash"][:, 0], index["looks"]  # uint64 (images,), (images, WORDS)
         digests = _read_table(os.path.join(folder, "groups.csv"), GROUPS, self.info["groups"])
-        self.group_digests = _from_hex(digests["digest"])[:, 0]  # uint64 (groups,)
+        self.group_digests = digests["digest"][:, 0]  # uint64 (groups,)
+        if images and (self.sizes.min() < 1 or self.groups.min() < 0 or self.groups.max() >= self.info["groups"]):
+            raise ValueError(f"{folder}/index.csv: sizes or group numbers that cannot be; pack again")
 
     def __len__(self):
         return len(self.canvases)
@@ -91,21 +91,19 @@ GROUPS = np.dtype([("group", "i8"), ("digest", "S16")])
 
 
 def _read_table(path, dtype, rows):
+    """A CSV of numbers -> {column: (rows,)}; columns of hex digits become uint64 (rows, words)."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an empty table is told below
-            table = np.loadtxt(path, dtype, delimiter=",", skiprows=1, ndmin=1)
+        table = np.loadtxt(path, dtype, delimiter=",", skiprows=1, ndmin=1)
+        columns = {name: table[name] for name in dtype.names}
+        for name, column in columns.items():
+            if column.dtype.kind == "S":
+                words = np.frombuffer(bytes.fromhex(column.tobytes().decode()), ">u8")
+                columns[name] = words.reshape(len(column), -1).astype(np.uint64)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); pack again")
     if len(table) != rows:
         raise ValueError(f"{path}: {len(table)} rows, pack.json names {rows}; pack again")
-    return table
-
-
-def _from_hex(column):
-    """bytes (n,) of 16 hex digits a word -> uint64 (n, words)."""
-    words = np.frombuffer(bytes.fromhex(column.tobytes().decode()), ">u8").astype(np.uint64)
-    return words.reshape(len(column), -1)
+    return columns
 
 
 # ---------------------------------------------------------------- what is random: drawn on the CPU, a few floats a crop

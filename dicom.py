@@ -21,7 +21,7 @@ from PIL.JpegImagePlugin import get_sampling
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-MAX_PIXELS = 50_000_000  # of a frame: more is a broken header
+MAX_PIXELS = 16_000_000  # of a frame, of any kind of file: more is a broken header, or made to fill memory
 SCALE_FRAMES = 32  # frames, evenly spread, that a file's percentiles are taken from
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 # the only elements read: private ones can hold hundreds of megabytes

@@ -1,5 +1,6 @@
 """Image files in, grey frames out: reading one file of any kind, reading many on all cores, and listing them."""
 
+import contextlib
 import csv
 import fnmatch
 import functools
@@ -20,19 +21,21 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 import dicom
+from dicom import MAX_PIXELS
 from fan import apply_fan, find_fan
 from leakage import WORDS, content_hash, perceptual_hash, salted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
-MAX_PIXELS = 50_000_000  # of a frame: no ultrasound machine's; what claims more is damaged, or made to fill memory
+MAX_FRAMES = 5_000  # of a file: minutes; opening a longer one anew for each chunk would take hours
 COLOUR_SPREAD, COLOUR_SHARE = 24, 0.01  # in colour: over 1 % of the pixels have channels further apart than 24
 SCALE_FRAMES = 32  # frames of a file whose percentiles scale it
 CLIPS = ("GIF", "TIFF")  # Pillow's formats whose frames are read; a phone's JPEG holds its own thumbnail
 DEEP = ("I", "F")  # its modes of 16-bit, 32-bit and float grey begin so
-ORIENTATION = 0x0112  # EXIF's tag
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")  # Pillow's others would run PostScript, for one
+ORIENTATION, TILE = 0x0112, (0x0142, 0x0143)  # tags of EXIF and TIFF
 IMAGE_GROUPS = "image (each image is its own group)"
 CHUNK = 8  # files a worker decodes per task: large enough to hide the round trip ...
-FRAMES = 32  # ... but it comes back after so many frames: long clips must not pile up in memory
+FRAMES = 128  # ... but it comes back after so many frames: long clips must not pile up in memory
 FAN_FRAMES = 16  # the first frames of a clip that show where its fan is
 
 
@@ -53,16 +56,18 @@ def read_frames(path, first=0):
         raise ValueError("not a regular file")
     if _is_dicom(path):
         file = dicom.open_dicom(path)
-        for pixels in file.pixels(first):  # uint8 (h, w) or (h, w, 3)
+        for number, pixels in enumerate(file.pixels(first), first):  # uint8 (h, w) or (h, w, 3)
+            _check_number(number)
             yield Frame(*_grey_and_colour(Image.fromarray(pixels)), file.mm or (0, 0), file.patient, file.study)
         return
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         scale = None
         for number in itertools.count(first) if image.format in CLIPS else [0][first:]:
             try:
                 frame = _upright(_seek(image, number))
             except EOFError:
                 return
+            _check_number(number)
             if frame.mode.startswith(DEEP):
                 scale = _percentiles(path) if scale is None else scale
                 yield Frame(_scaled(frame, *scale), False, (0, 0), "", "")
@@ -72,15 +77,17 @@ def read_frames(path, first=0):
 
 def count_frames(path):
     """Frames of a file by its header, 1 where it cannot be read. A header that lies counts as far as the file is long."""
-    try:
+    frames = 1
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # told when the file is read in earnest
+        warnings.simplefilter("ignore")
         if not stat.S_ISREG(os.stat(path).st_mode):
             return 1
         if _is_dicom(path):
-            return min(dicom.open_dicom(path).frames, os.path.getsize(path))
-        with Image.open(path) as image:
-            return image.n_frames if image.format in CLIPS else 1
-    except Exception:  # told when the file is read in earnest
-        return 1
+            frames = dicom.open_dicom(path).frames
+        else:
+            with Image.open(path, formats=FORMATS) as image:
+                frames = image.n_frames if image.format in CLIPS else 1
+    return min(frames, MAX_FRAMES, os.path.getsize(path) if os.path.isfile(path) else 1)
 
 
 def _is_dicom(path):
@@ -88,10 +95,18 @@ def _is_dicom(path):
     return suffix in dicom.SUFFIXES or suffix not in IMAGE_SUFFIXES and os.path.isfile(path) and dicom.is_dicom(path)
 
 
+def _check_number(number):
+    if number == MAX_FRAMES:
+        raise ValueError(f"a file of more than {MAX_FRAMES:,} frames")
+
+
 def _seek(image, number):
     image.seek(number)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}: no ultrasound frame")
+    width, height = image.size
+    if image.format == "TIFF":  # a small image can be of huge tiles
+        width, height = max(width, image.tag_v2.get(TILE[0], 0)), max(height, image.tag_v2.get(TILE[1], 0))
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, over {MAX_PIXELS:,}: no ultrasound frame")
     return image
 
 
@@ -126,7 +141,7 @@ def _grey_and_colour(image):
 def _percentiles(path):
     """0.5 and 99.5 % of the deep grey levels of a whole file, of at most SCALE_FRAMES of its frames, evenly spread."""
     frames, values = count_frames(path), []
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         for number in range(0, frames, -(-frames // SCALE_FRAMES)):
             try:
                 deep = _seek(image, number).mode.startswith(DEEP)
@@ -247,6 +262,7 @@ def decode_chunk(paths, first, canvas, crop_fan, salt):
 def start_worker():
     """Ctrl-C is the parent's to handle; a parent that was killed must not leave its workers waiting for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders in C print there what is wrong with a file, but not which
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -217,7 +217,7 @@ def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
                 if bad > max_skipped * len(images.names):
                     number, _, reason = failed[-1]
                     raise ValueError(f"{bad:,} of {len(images.names):,} files cannot be read, over --max_skipped "
-                                     f"{max_skipped}; the last: {paths[number]}: {reason}. Is this the source you "
+                                     f"{max_skipped}; the last: {paths[number]!r}: {reason}. Is this the source you "
                                      f"meant? With a higher --max_skipped the same command goes on")
                 bar.set_postfix_str(str(journal), refresh=False)
                 bar.update(ended - done)
@@ -360,7 +360,7 @@ def fill(part, images, made_from, max_skipped, workers, log):
     if not (why == 0).any():
         os.remove(journal.paths[0])  # nothing to go on with
         if not len(rows) and failed:
-            raise ValueError(f"none of {len(failed):,} files can be read; first: {names[failed[0][0]]}: "
+            raise ValueError(f"none of {len(failed):,} files can be read; first: {names[failed[0][0]]!r}: "
                              f"{failed[0][2]}")
         raise ValueError(f"all {len(rows) + skip.sum():,} images are held out or dropped; see --holdout, --drop_colour")
     counts["held_out_by_group"] += int(skip.sum())

@@ -1,9 +1,10 @@
-"""Damaged files by the hundred: packing goes on, tells every loss, and keeps memory bounded. Damaged packs are refused."""
+"""Damaged files by the hundred: packing goes on, tells every loss, keeps memory bounded. Damaged packs are refused."""
 import csv
 import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -111,8 +112,8 @@ def tiff(pages, data=b"", last=0, **changed):
 def packed_zeros(count):
     """zlib stream of `count` zeros, a thousandth of their size."""
     packer, block = zlib.compressobj(9), bytes(1 << 20)
-    return b"".join(packer.compress(block[:min(len(block), count - start)]) for start in range(0, count, len(block))) + \
-        packer.flush()
+    parts = [packer.compress(block[:count - start]) for start in range(0, count, len(block))]
+    return b"".join(parts) + packer.flush()
 
 
 def odd_files():
@@ -121,7 +122,7 @@ def odd_files():
     files = {
         "empty.png": b"", "empty.tif": b"", "empty.gif": b"", "zeros.bmp": bytes(1000), "text.jpg": b"no image\n" * 99,
         "huge.png": png(60000, 60000, png_chunk(b"IDAT", packed_zeros(10_000_000))),
-        "huge.bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 99, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(99),
+        "huge.bmp": b"BM" + struct.pack("<IIIIiiHHII", 99, 0, 54, 40, 60000, 60000, 1, 24, 0, 0) + bytes(99),
         "huge.gif": b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0x80, 0, 0) + bytes(6) +
                     b"," + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\x08\x02\x44\x01\0;",
         "patch.gif": b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) +
@@ -137,10 +138,9 @@ def odd_files():
         "large_rgba.png": png(side, side, png_chunk(b"IDAT", packed_zeros((4 * side + 1) * side)), colour=6),
         "large_deep.png": png(side, side, png_chunk(b"IDAT", packed_zeros((2 * side + 1) * side)), bits=16)}
     tile = packed_zeros(30_000 ** 2)
-    tags = {"256": 16, "257": 16, "258": 8, "259": 8, "262": 1, "277": 1, "322": 30_000, "323": 30_000, "325": len(tile)}
-    entries = {**tags, "324": 8 + 2 + 12 * 10 + 4}
-    files["tile_bomb.tif"] = b"II*\0" + struct.pack("<IH", 8, 10) + b"".join(
-        struct.pack("<HHII", int(tag), 4, 1, entries[tag]) for tag in sorted(entries)) + bytes(4) + tile
+    tags = {"256": 16, "257": 16, "259": 8, "278": 16, "279": len(tile), "322": 30_000, "323": 30_000,
+            "324": 8 + 2 + 12 * 13 + 4, "325": len(tile)}
+    files["tile_bomb.tif"] = tiff(1, tile, **tags)
     try:
         files["many.dcm"] = dicom_file(speckle(0)[None], NumberOfFrames=2_000_000_000)
         files["large.dcm"] = dicom_file(speckle(0)[None], Rows=65535, Columns=65535)
@@ -177,14 +177,14 @@ def mutate(rng, files):
     return suffix, bytes(data)
 
 
-LOW, HIGH = (bytes(set(range(first, last)) - set(b"/")) for first, last in ((1, 128), (128, 256)))
+LOW, HIGH = (bytes(sorted({*range(first, first + 128)} - {*b"\0/"})) for first in (0, 128))  # all a name can have
 
 
 def damaged_folder(src, count):
     """Fill src with all whole files and `count` damaged ones -> names of the files, {name: bytes} of the whole."""
     rng, files = np.random.default_rng(count), whole_files()
     whole = {f"whole/{name}": data for name, data in files.items()}
-    whole[os.fsdecode(LOW + b"/" + HIGH + b".png")] = files["0_grey.png"]  # every byte that a name can have
+    whole[os.fsdecode(LOW + b"/" + HIGH + b".png")] = files["0_grey.png"]
     bad = {f"odd/{name}": data for name, data in odd_files().items()}
     bad[os.fsdecode(LOW + b"/" + HIGH + b"0.png")] = b"no image"
     for number in range(count - len(bad)):
@@ -332,7 +332,7 @@ def test_a_chain_of_20_000_pages_is_no_burden(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "chain.tif").write_bytes(tiff(20_000))
     (tmp_path / "src" / "good.png").write_bytes(encode("PNG", speckle(1)))
-    status, errors, peak, _ = run(tmp_path, "src", "out", "--max_skipped", "1", timeout=20)
+    status, errors, peak, _ = run(tmp_path, "src", "out", "--max_skipped", "1", timeout=90)
     assert status == 0 and peak < MEGABYTES, errors
     kept = [name for name, _ in packed(tmp_path / "out")]
     assert kept.count("good.png") == 1
@@ -359,7 +359,7 @@ def test_max_skipped_stops_and_a_higher_share_goes_on(tmp_path):
         (src / f"{number % 2}" / f"{number:02}.png").write_bytes(data)
     status, errors, _, _ = run(tmp_path, "src", "out", "--max_skipped", "0.2", timeout=60)
     assert status == 1 and errors.startswith("pack.py: ") and errors.count("\n") == 1
-    assert "of 30 files cannot be read, over --max_skipped 0.2; the last: src/1/" in errors
+    assert "of 30 files cannot be read, over --max_skipped 0.2; the last: 'src/1/" in errors
     assert sorted(os.listdir(tmp_path)) == ["measured.json", "out.part", "src"]
     lines, options = [], dict(canvas=CANVAS, workers=1)
     with pytest.raises(ValueError, match="over --max_skipped 0.25"):
@@ -372,13 +372,15 @@ def test_max_skipped_stops_and_a_higher_share_goes_on(tmp_path):
     assert len(skipped(tmp_path / "out")) == 10 and len(packed(tmp_path / "out")) == 20
 
 
-def test_a_name_with_a_newline_leaves_the_error_one_line(tmp_path):
+def test_a_name_with_a_newline_leaves_the_error_one_line(tmp_path, monkeypatch):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a\nb\x1b[2J.png").write_text("no image")
-    for share in (0, 1):
-        with pytest.raises(ValueError) as error:
-            pack.make_pack([str(tmp_path / "src")], str(tmp_path / "out"), max_skipped=share, workers=1, log=list)
-        assert str(error.value).isprintable()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for share in "01":
+        arguments = [f"{tmp_path}/src", f"{tmp_path}/out", "--max_skipped", share, "--workers", "1"]
+        with pytest.raises(SystemExit) as stop:
+            pack.main(pack.get_args(arguments))
+        assert "can" in stop.value.code and stop.value.code.isprintable()
 
 
 def test_damage_changes_no_other_file(tmp_path):
@@ -477,7 +479,6 @@ DAMAGE = {
     "height negative": (cell(2, "height", "-24"), "index.csv"),
     "hash no hex": (cell(2, "hash", "x" * 16), "index.csv"),
     "hash short": (cell(2, "hash", "1234"), "index.csv"),
-    "hash long": (cell(2, "hash", "0" * 17), "index.csv"),
     "looks short": (cell(2, "looks", "0" * 48), "index.csv"),
     "group unknown": (cell(2, "group", "2"), "index.csv"),
     "group negative": (cell(2, "group", "-1"), "index.csv"),
