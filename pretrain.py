@@ -14,12 +14,12 @@ import copy
 import math
 import os
 import time
+import traceback
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 import kernels
@@ -150,7 +150,7 @@ def check_args(p, args):
 
 # ---------------------------------------------------------------- networks
 
-class Network(nn.Module):
+class Network(torch.nn.Module):
     """Backbone and heads of the student or the teacher; state-dict keys backbone.*, dino_head.*[, ibot_head.*]."""
 
     def __init__(self, config, args):
@@ -456,8 +456,7 @@ def main(args):
         done, last, seen = step + 1, step + 1 == steps, seen + batch
         bar.update()
         if done % args.log_every == 0 or done == start + 1 or last or stop:
-            record = read_stats(pending, batches, data)
-            seconds = time.monotonic() - since
+            record, seconds = read_stats(pending, batches, data), time.monotonic() - since
             if is_main:
                 log_step(log_path, bar, done, steps, batch, record, values, seen / seconds, waited / seconds)
             seen, waited, since = 0, 0.0, time.monotonic()
@@ -493,8 +492,9 @@ if __name__ == "__main__":
     with runtime.clear_errors():
         try:
             main(get_args())
-        except RuntimeError as error:  # from wherever main was: torch raises it in a signal handler
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise  # of a worker's own error the traceback is wanted
-            raise ChildProcessError(f"a data worker died ({str(error).strip()}): out of memory or of shared memory "
-                                    f"(/dev/shm)? try fewer --num_workers; the last checkpoint is unharmed")
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # ends the data workers: no exit waits for them in vain
+            if str(error).startswith("DataLoader worker (pid"):  # raised anywhere, by a signal handler of torch's
+                raise ChildProcessError(f"a data worker died ({str(error).strip()}): out of memory or of shared memory "
+                                        f"(/dev/shm)? try fewer --num_workers; the last checkpoint is unharmed")
+            raise

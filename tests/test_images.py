@@ -118,6 +118,22 @@ def test_percentiles_of_many_frames_are_of_a_sample(tmp_path, monkeypatch):
         assert 0 < np.abs(grey.astype(int) - exact).max() < 4  # not the exact ones, and not far off
 
 
+def test_percentiles_of_many_large_frames_fit_memory(tmp_path, monkeypatch):
+    """No more values at a time than one frame can have."""
+    sizes, percentile = [], np.percentile
+    monkeypatch.setattr(np, "percentile", lambda values, ends: sizes.append(values.size) or percentile(values, ends))
+    pages = [np.full((800, 800), 100 * i, np.uint16) for i in range(32)]  # 20 million pixels
+    next(read_frames(save(tmp_path / "a.tif", *pages)))
+    assert 100_000 < max(sizes) <= images.MAX_PIXELS
+
+
+def test_a_deep_page_that_is_not_sampled(tmp_path):
+    """The one deep page of a long file is scaled by itself, not by the levels of another page."""
+    pages, deep = [speckle(i) for i in range(2 * images.SCALE_FRAMES)], speckle(1).astype(np.uint16) * 200
+    path = save(tmp_path / "a.tif", pages[0], deep, *pages[2:])
+    assert np.array_equal(greys(path)[1], scaled([deep])[0])
+
+
 def test_deep_clips_are_not_decoded_over_and_over(tmp_path, monkeypatch):
     """A resumed chunk needs the scale of the whole file again: not by decoding all of it again."""
     pages = [speckle(i, (4, 4)).astype(np.uint16) for i in range(8 * FRAMES)]
