@@ -60,7 +60,8 @@ def read_frames(path, first=0):
             _check_number(number)
             yield Frame(*_grey_and_colour(Image.fromarray(pixels)), file.mm or (0, 0), file.patient, file.study)
         return
-    with Image.open(path, formats=FORMATS) as image:
+    # not by its path: an uncompressed TIFF that lies on its side would be mapped into memory and come out scrambled
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         scale = None
         for number in itertools.count(first) if image.format in CLIPS else [0][first:]:
             try:
@@ -69,7 +70,7 @@ def read_frames(path, first=0):
                 return
             _check_number(number)
             if frame.mode.startswith(DEEP):
-                scale = _percentiles(path) if scale is None else scale
+                scale = _percentiles(path, number) if scale is None else scale
                 yield Frame(_scaled(frame, *scale), False, (0, 0), "", "")
             else:
                 yield Frame(*_grey_and_colour(frame), (0, 0), "", "")
@@ -115,11 +116,7 @@ def _upright(image):
         turned = image.getexif().get(ORIENTATION, 1)
     except Exception:  # a damaged tag of a camera is no reason to lose the image
         turned = 1
-    if image.format == "TIFF":
-        if turned >= 5 and image.info.get("compression") == "raw":
-            raise ValueError("uncompressed TIFF that lies on its side: Pillow would scramble it")
-        return image  # it turns itself
-    return ImageOps.exif_transpose(image) if turned != 1 else image
+    return ImageOps.exif_transpose(image) if turned != 1 and image.format != "TIFF" else image  # TIFF turns itself
 
 
 def _grey_and_colour(image):
@@ -138,19 +135,20 @@ def _grey_and_colour(image):
     return np.asarray(image.convert("L")), colour
 
 
-def _percentiles(path):
-    """0.5 and 99.5 % of the deep grey levels of a whole file, of at most SCALE_FRAMES of its frames, evenly spread."""
+def _percentiles(path, number):
+    """0.5 and 99.5 % of the deep grey levels of a whole file: of SCALE_FRAMES frames, evenly spread, or else of frame
+    `number`; of a single frame exactly, of many from MAX_PIXELS pixels."""
     frames, values = count_frames(path), []
+    spread = range(0, frames, -(-frames // SCALE_FRAMES))
     with Image.open(path, formats=FORMATS) as image:
-        for number in range(0, frames, -(-frames // SCALE_FRAMES)):
-            try:
-                deep = _seek(image, number).mode.startswith(DEEP)
-                values += [_finite(image).ravel()] if deep else []
-            except Exception:  # told when this frame is read in earnest
-                break
-        if not values:  # as it is not there, or cannot be read, among those
-            values = [_finite(image)]
-    return np.percentile(np.concatenate(values, axis=None), (0.5, 99.5))
+        with contextlib.suppress(Exception):  # told when this frame is read in earnest
+            for sampled in spread:
+                if _seek(image, sampled).mode.startswith(DEEP):
+                    pixels = _finite(image).ravel()
+                    step = 1 + pixels.size * len(spread) // MAX_PIXELS if frames > 1 else 1
+                    values.append(pixels[::step].copy())  # a view would keep the whole frame
+        values = values or [_finite(_seek(image, number)).ravel()]
+    return np.percentile(np.concatenate(values), (0.5, 99.5))
 
 
 def _scaled(image, low, high):
@@ -374,7 +372,10 @@ def _prefixes(sources):
     if len(sources) == 1:
         return [""]
     last = [os.path.basename(os.path.abspath(source)) for source in sources]
-    return last if len(set(last)) == len(last) else [os.path.normpath(source).lstrip(os.sep) for source in sources]
+    whole = [os.path.abspath(source).lstrip(os.sep) for source in sources]
+    if len(set(whole)) < len(whole):
+        raise ValueError(f"a source is given twice: {' '.join(sources)}")
+    return last if len(set(last)) == len(last) else whole
 
 
 def _walk(top, labelled, closed):

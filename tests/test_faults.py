@@ -209,7 +209,7 @@ def damaged_folder(src, count):
 
 # ---------------------------------------------------------------- packing them
 
-# runs a command -> status and the most memory of any of its processes, KiB; those that the command leaves behind are ours
+# runs a command -> status, most memory of any of its processes, KiB; those that the command leaves behind are ours
 MEASURED = """
 import ctypes, json, os, resource, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
