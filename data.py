@@ -27,7 +27,7 @@ class Pack:
 
     canvases.u8  uint8 (images, canvas, canvas), row-major, no header: each image squashed to a square
     index.csv    a line per canvas: INDEX's columns; width and height are the image's before it was squashed
-    groups.csv   group, digest: leakage.salted of its name, with pack.json's salt
+    groups.csv   group, digest, named: leakage.salted of its name, with pack.json's salt
     pack.json    version, images, canvas, mean and std of all pixels (of 1, not 255), groups, digest, counts, ...
     names.csv    name, frame of each canvas    } the two files that hold file names, which can be patients' names;
     skipped.txt  what was left out, and why    } nothing but messages needs them: delete them to share a pack
@@ -55,7 +55,7 @@ class Pack:
         self.groups = index["group"].copy()  # (images,); a view would keep all of the table
         self.hashes, self.looks = index["hash"][:, 0], index["looks"]  # uint64 (images,), (images, WORDS)
         digests = _read_table(os.path.join(folder, "groups.csv"), GROUPS, self.info["groups"])
-        self.group_digests = digests["digest"][:, 0]  # uint64 (groups,)
+        self.group_digests, self.named = digests["digest"][:, 0], digests["named"] > 0  # uint64, bool (groups,)
         if images and (self.sizes.min() < 1 or self.groups.min() < 0 or self.groups.max() >= self.info["groups"]):
             raise ValueError(f"{folder}/index.csv: sizes or group numbers that cannot be; pack again")
 
@@ -69,8 +69,9 @@ class Pack:
         """What a checkpoint keeps of the images, for leakage.overlap. No names; groups only where they are patients' or
         clips', not folders'."""
         seen = {"content": torch.from_numpy(self.hashes), "looks": torch.from_numpy(self.looks)}
-        if self.info.get("groups_named"):
-            seen.update(group_digests=torch.from_numpy(self.group_digests), salt=bytes.fromhex(self.info["salt"]))
+        if self.named.any():
+            seen.update(group_digests=torch.from_numpy(self.group_digests[self.named]),
+                        salt=bytes.fromhex(self.info["salt"]))
         return seen
 
     def names(self, indices):
@@ -87,7 +88,7 @@ class Pack:
 # in colour; mm: millimetres per pixel of the original image, 0 where unknown
 INDEX = np.dtype([("width", "i4"), ("height", "i4"), ("group", "i8"), ("hash", "S16"), ("looks", f"S{16 * WORDS}"),
                   ("colour", "i1"), ("mm_x", "f4"), ("mm_y", "f4")])
-GROUPS = np.dtype([("group", "i8"), ("digest", "S16")])
+GROUPS = np.dtype([("group", "i8"), ("digest", "S16"), ("named", "i1")])  # named: a patient or clip, not a folder
 
 
 def _read_table(path, dtype, rows):

@@ -5,7 +5,7 @@
     for frame in file.pixels(first=3): ...  # uint8 (h, w) or (h, w, 3)
 
 pydicom, an optional package (3.0 or newer), parses and decodes; Pillow decodes baseline JPEG. Frames are decoded one
-by one and cropped to the 2-D tissue region. What cannot be read raises OSError or ValueError with a short reason.
+by one; `box` is their 2-D tissue region. What cannot be read raises OSError or ValueError with a short reason.
 """
 
 import contextlib
@@ -140,7 +140,7 @@ def open_dicom(path):
 
 class DicomFile:
     """frames: their count, as the header has it; patient, study: PatientID and StudyInstanceUID, "" if missing;
-    mm: (x, y) millimetres per pixel or None; box: (x0, y0, x1, y1), what frames are cropped to."""
+    mm: (x, y) millimetres per pixel or None; box: (x0, y0, x1, y1), the 2-D tissue region."""
 
     def __init__(self, path):
         import pydicom
@@ -188,7 +188,7 @@ class DicomFile:
         self.low = -2 ** (bits - 1) if ds.PixelRepresentation == 1 else 0  # the least stored value
 
     def pixels(self, first=0):
-        """Yield the frames from number `first` on: uint8 (h, w) grey or (h, w, 3) RGB, cropped to the box.
+        """Yield the frames from number `first` on: uint8 (h, w) grey or (h, w, 3) RGB, all that the screen showed.
 
         Where a file holds fewer frames than its header says, those there are yielded before the error.
         """
@@ -200,10 +200,10 @@ class DicomFile:
                         frame = self._table[frame.astype(np.int32) - self.low]
                     elif frame.dtype != np.uint8:  # colour of more than 8 bits
                         frame = np.clip(frame >> max(self.ds.BitsStored - 8, 0), 0, 255).astype(np.uint8)
-                yield np.ascontiguousarray(frame)  # a copy of what was cropped, which lets go of the rest
+                yield np.ascontiguousarray(frame)
 
     def _decode(self, file, index):
-        """Stored values of a frame within the box: integers (h, w), or RGB (h, w, 3)."""
+        """Stored values of a frame: integers (h, w), or RGB (h, w, 3)."""
         from pydicom.encaps import get_frame
         from pydicom.uid import JPEGBaseline8Bit, RLELossless
 
@@ -220,8 +220,7 @@ class DicomFile:
         else:  # not by iter_pixels: in pydicom 3.0.2 it takes the second native YBR_FULL_422 frame for YBR_FULL
             file.seek(self.start)
             frame, _ = self.decoder.as_array(file, index=index, **self.options)
-        x0, y0, x1, y1 = self.box
-        return frame[y0:y1, x0:x1]
+        return frame
 
     @functools.cached_property
     def _table(self):
@@ -260,7 +259,7 @@ class DicomFile:
         return 255 - grey if ds.PhotometricInterpretation == "MONOCHROME1" else grey
 
     def _percentile_scale(self, values, ends=(0.005, 0.995)):
-        """Grey, 0 to 1, of the table's values (n,): from the 0.5 to the 99.5 percentile of the file's frames."""
+        """Grey, 0 to 1, of the table's values (n,): from the 0.5 to the 99.5 percentile of the file's boxes."""
         counts = np.zeros(len(values), np.int64)
         with open(self.path, "rb") as file:
             for index in range(0, self.frames, -(-self.frames // SCALE_FRAMES)):
@@ -270,7 +269,8 @@ class DicomFile:
                     if index == 0:
                         raise
                     break  # pixels() raises it when it gets there
-                counts += np.bincount(frame.ravel().astype(np.int64) - self.low, minlength=len(values))
+                x0, y0, x1, y1 = self.box
+                counts += np.bincount(frame[y0:y1, x0:x1].ravel().astype(np.int64) - self.low, minlength=len(values))
         order = np.argsort(values, kind="stable")
         share = np.cumsum(counts[order]) / counts.sum()
         low, high = values[order][np.searchsorted(share, ends)]

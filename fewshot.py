@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import phantom
-from images import list_images, load_grey, resize_square
+from images import Frame, dicom_groups, list_images, load_frame, resize_square
 from leakage import WORDS, content_hash, overlap, perceptual_hash
 from metrics import balanced_accuracy, bootstrap, group_confusion, interval, macro_f1, resampling_weights
 from model import VisionTransformer
@@ -75,18 +75,19 @@ def inverse_penalty(text):
 
 def read_image(path):
     try:
-        return load_grey(path)
+        return load_frame(path)
     except Exception as error:  # whatever a decoder raises: a labelled test set must be whole
         raise ValueError(f"{path}: cannot be read ({error}); repair it, or leave it out with --exclude") from error
 
 
 def labelled_images(args, img_size):
-    """(n, function from index to grey image, label strings, group strings, how groups were found)."""
+    """(n, function from index to images.Frame, label strings, group strings, how groups were found)."""
     if args.data is None:
         # at least the 64 pixels of pretraining's phantoms: finer speckle would be another kind of image
         images, labels, groups = phantom.phantom_images(PHANTOM_IMAGES, size=max(img_size, PIXELS_SIDE), seed=PHANTOM_SEED)
-        return len(images), images.__getitem__, [phantom.PLANES[label] for label in labels], groups, "phantom patient"
-    listed = list_images(args.data, args.exclude, args.group_regex, labelled=True)
+        return (len(images), lambda i: Frame(images[i], images[i]), [phantom.PLANES[label] for label in labels], groups,
+                "phantom patient")
+    listed = dicom_groups(list_images(args.data, args.exclude, args.group_regex, labelled=True))
     return len(listed.paths), lambda i: read_image(listed.paths[i]), listed.labels, listed.groups, listed.grouped_by
 
 
@@ -97,9 +98,10 @@ def extract(n, load, img_size, backbones, mean, std, batch_size, device):
     features, content, looks = [[] for _ in range(len(backbones) + 1)], [], []
     with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:  # decoding leaves Python's lock
         for start in tqdm(range(0, n, batch_size), desc="features", disable=not sys.stderr.isatty(), leave=False):
-            images = list(pool.map(load, range(start, min(start + batch_size, n))))
-            content += [content_hash(image) for image in images]
-            looks += [perceptual_hash(image) for image in images]
+            frames = list(pool.map(load, range(start, min(start + batch_size, n))))
+            content += [content_hash(frame.whole) for frame in frames]
+            looks += [perceptual_hash(frame.whole) for frame in frames]
+            images = [frame.grey for frame in frames]
             canvases = [resize_square(image, img_size) for image in images]
             x = normalise(canvases, mean, std)  # (B, 1 or 3, h, w)
             for rows, backbone in zip(features, backbones):
@@ -402,7 +404,7 @@ def main(args):
     features = dict(zip(("pretrained", "random init", "pixels"), features))
     if not all(x.isfinite().all() for x in features.values()):
         raise ValueError(f"{args.ckpt}: features are not finite, its pretraining diverged; take an earlier checkpoint")
-    named = grouped_by.startswith(("group column", "--group_regex"))  # a folder's name elsewhere tells nothing
+    named = grouped_by.startswith(("group column", "--group_regex", "DICOM"))  # a folder's name elsewhere tells nothing
     seen, seen_line, _ = overlap(info["seen"], content, looks, group_names if named else None)
     copies = len(set(zip(content.tolist(), groups.tolist()))) - len(set(content.tolist()))
 

@@ -41,9 +41,9 @@ FAN_FRAMES = 16  # the first frames of a clip that show where its fan is
 
 # ---------------------------------------------------------------- one file
 
-# grey uint8 (h, w); colour: whether it was (Doppler, 3-D renders); mm: (x, y) millimetres per pixel, 0 where unknown;
-# patient, study: DICOM's identifiers, empty where there are none
-Frame = namedtuple("Frame", "grey colour mm patient study")
+# grey uint8 (h, w); whole: all that the screen showed, which DICOM's tissue region is a part of; colour: whether it was
+# in colour (Doppler, 3-D renders); mm: (x, y) millimetres per pixel, 0 where unknown; patient, study: DICOM's, or empty
+Frame = namedtuple("Frame", "grey whole colour mm patient study", defaults=(False, (0, 0), "", ""))
 
 
 def read_frames(path, first=0):
@@ -56,9 +56,12 @@ def read_frames(path, first=0):
         raise ValueError("not a regular file")
     if _is_dicom(path):
         file = dicom.open_dicom(path)
+        x0, y0, x1, y1 = file.box
         for number, pixels in enumerate(file.pixels(first), first):  # uint8 (h, w) or (h, w, 3)
             _check_number(number)
-            yield Frame(*_grey_and_colour(Image.fromarray(pixels)), file.mm or (0, 0), file.patient, file.study)
+            whole, _ = _grey_and_colour(Image.fromarray(pixels))
+            grey, colour = _grey_and_colour(Image.fromarray(np.ascontiguousarray(pixels[y0:y1, x0:x1])))
+            yield Frame(grey, whole, colour, file.mm or (0, 0), file.patient, file.study)
         return
     # not by its path: an uncompressed TIFF that lies on its side would be mapped into memory and come out scrambled
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
@@ -71,13 +74,14 @@ def read_frames(path, first=0):
             _check_number(number)
             if frame.mode.startswith(DEEP):
                 scale = _percentiles(path, number) if scale is None else scale
-                yield Frame(_scaled(frame, *scale), False, (0, 0), "", "")
+                grey, colour = _scaled(frame, *scale), False
             else:
-                yield Frame(*_grey_and_colour(frame), (0, 0), "", "")
+                grey, colour = _grey_and_colour(frame)
+            yield Frame(grey, grey, colour)
 
 
 def count_frames(path):
-    """Frames of a file by its header, 1 where it cannot be read. A header that lies counts as far as the file is long."""
+    """Frames of a file by its header, at most MAX_FRAMES or its bytes, for headers lie; 1 where it cannot be read."""
     frames = 1
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # told when the file is read in earnest
         warnings.simplefilter("ignore")
@@ -112,6 +116,7 @@ def _seek(image, number):
 
 
 def _upright(image):
+    image.load()  # now: getexif() loads a PNG, and its errors must not pass for those of a tag
     try:
         turned = image.getexif().get(ORIENTATION, 1)
     except Exception:  # a damaged tag of a camera is no reason to lose the image
@@ -162,12 +167,16 @@ def _finite(image):
     return pixels
 
 
-def load_grey(path):
-    """The one frame of a file as uint8 grey (h, w), for labelled sets; raises as read_frames does."""
+def load_frame(path):
+    """The one Frame of a file, for labelled sets; raises as read_frames does."""
     frames = list(itertools.islice(read_frames(path), 2))
     if len(frames) != 1:
         raise ValueError("holds several frames, a label needs a file of its own" if frames else "holds no frame")
-    return frames[0].grey
+    return frames[0]
+
+
+def load_grey(path):
+    return load_frame(path).grey
 
 
 def resize_square(grey, size):
@@ -187,10 +196,10 @@ ROW = np.dtype([("image", "i8"), ("frame", "i4"), ("width", "i4"), ("height", "i
 def measure(frame, canvas, fan, salt):
     """A Frame -> its ROW but for file and frame number, and its square canvas uint8 (canvas, canvas).
 
-    The hashes are of the whole frame, so that it is found again where nobody trimmed it to its fan.
+    The hashes are of all that the screen showed, so that it is found again where nobody trimmed it.
     """
     grey, row = frame.grey, np.zeros((), ROW)
-    row["hash"], row["looks"] = content_hash(grey), perceptual_hash(grey)
+    row["hash"], row["looks"] = content_hash(frame.whole), perceptual_hash(frame.whole)
     row["colour"], row["mm"] = frame.colour, frame.mm
     for name in ("patient", "study"):
         row[name] = salted(getattr(frame, name), salt) if getattr(frame, name) else 0
@@ -318,7 +327,8 @@ ImageList = namedtuple("ImageList", "paths names groups labels grouped_by closed
 
 
 def list_images(sources, exclude=(), group_regex=None, labelled=False):
-    """Files of recursive folders, text lists (a path per line) or CSVs (`image[,label][,group]`), one source or a list.
+    """Files of recursive folders, text lists (a path per line), CSVs (`image[,label][,group]`) or single files; one
+    source or a list of them.
 
     A group is a patient, an examination or a clip: the CSV's `group` column, else the first capture of
     `group_regex` in the name, else the parent folder (for a labelled folder, the path below the class). When that
@@ -332,10 +342,18 @@ def list_images(sources, exclude=(), group_regex=None, labelled=False):
         if not os.path.exists(source):
             raise ValueError(f"{source}: no such file or folder")
         folder = os.path.isdir(source)
-        rows = _walk(source, labelled, closed) if folder else _read_list(source, labelled)
+        if os.path.exists(os.path.join(source, "pack.json")):
+            raise ValueError(f"{source} is a pack, not a source of images")
+        if folder:
+            rows = _walk(source, labelled, closed)
+        elif source.lower().endswith(IMAGE_SUFFIXES) or _is_dicom(source):
+            rows = [(os.path.basename(source), None, None)]
+        else:
+            rows = _read_list(source, labelled)
+        root = source if folder else os.path.dirname(source), prefix
         for name, label, group in rows:
             if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
-                roots.append((source if folder else os.path.dirname(source), prefix))
+                roots.append(root)
                 names.append(name)
                 labels.append(label)
                 groups.append(group)
@@ -365,6 +383,19 @@ def list_images(sources, exclude=(), group_regex=None, labelled=False):
         if len(set(groups)) == 1 or set(groups) == set(names):
             groups, grouped_by = names, IMAGE_GROUPS
     return ImageList(paths, names, groups, labels if labelled else None, grouped_by, closed)
+
+
+def dicom_groups(images):
+    """An ImageList whose groups are DICOM's patients, or studies where all patients are called alike; files that name
+    neither keep their group. A group column or --group_regex goes first."""
+    if images.grouped_by not in ("parent folder", IMAGE_GROUPS) or not any(map(_is_dicom, images.paths)):
+        return images
+    files = [dicom.open_dicom(path) if _is_dicom(path) else None for path in images.paths]
+    kind = "patient" if len({file.patient for file in files if file}) > 1 else "study"
+    groups = [file and (getattr(file, kind) or file.patient or file.study) or group
+              for file, group in zip(files, images.groups)]
+    words = f"DICOM {kind}" if all(files) else f"DICOM {kind}, else {images.grouped_by}"
+    return images._replace(groups=groups, grouped_by=words)
 
 
 def _prefixes(sources):

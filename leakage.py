@@ -30,6 +30,7 @@ FLAT = 1.0  # grey levels of deviation from the local mean (rms) below which a f
 SAME = 28
 NEAR = 28  # frames of one clip: nothing has visibly moved
 
+WINDOW = 20_000  # frames kept of a group that a new one is compared with: two million of one group take minutes so
 CHUNK = 1 << 16  # known hashes compared at a time: two words of each and the result fit the CPU's cache
 
 
@@ -63,8 +64,8 @@ def content_hash(grey):
 def perceptual_hash(grey):
     """uint8 (h, w), any size and aspect -> uint64 (WORDS,), lowest frequencies first; zeros if there is no structure.
 
-    The image is squashed to a square, so a frame and its square canvas have nearly the same hash: hash the canvas where
-    there is one. Flips and rotations are other images.
+    The image is squashed to a square, so a frame and its square canvas have nearly the same hash. Flips and rotations
+    are other images.
     """
     x = np.asarray(Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     x = x - SMOOTH @ x @ SMOOTH.T
@@ -121,8 +122,8 @@ def near_duplicates(hashes, content, groups):
     """Images that repeat an earlier one: uint64 (n, WORDS), (n,), n group names -> exact bool (n,), near bool (n,).
 
     exact: an earlier image, of whatever group, has the same pixels. near: not exact, and within NEAR bits of an earlier
-    image of its group that was kept, that is neither exact nor near. So of a slow clip a frame stays wherever
-    the picture has moved on from the last one kept.
+    image of its group that was kept, that is neither exact nor near; of very large groups, the last WINDOW of those. So
+    of a slow clip a frame stays wherever the picture has moved on from the last one kept.
     """
     exact = np.ones(len(hashes), bool)
     exact[np.unique(content, return_index=True)[1]] = False
@@ -133,7 +134,7 @@ def near_duplicates(hashes, content, groups):
     for indices in members.values():
         kept, count = np.empty((WORDS, len(indices)), np.uint64), 0
         for index in indices:
-            near[index] = _any_within(hashes[index], kept[:, :count], NEAR)
+            near[index] = _any_within(hashes[index], kept[:, max(0, count - WINDOW):count], NEAR)
             if not near[index]:
                 kept[:, count] = hashes[index]
                 count += 1

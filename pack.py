@@ -32,11 +32,11 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from data import INDEX, PACK_VERSION, Pack
+from data import GROUPS, INDEX, PACK_VERSION, Pack
 from images import ROW, Frame, count_frames, decode_all, list_images, measure
 from leakage import salted
 from phantom import phantom_images
-from selection import HELD_GROUP, REASONS, Holdout, choose, groups_of
+from selection import Holdout, choose, groups_of, list_reasons, report, size_text
 
 try:
     import fcntl
@@ -45,6 +45,8 @@ except ImportError:  # Windows: two processes may not pack into one folder, but 
 
 OPTIONS = ("exclude", "holdout", "group_regex", "canvas", "dedup", "max_per_group", "drop_colour", "crop_fan",
            "max_skipped")
+ENOUGH = 10_000  # files whose unreadable share says enough to stop; of fewer, all count
+PATIENCE = 300  # seconds that a process waits for another one to begin packing
 SAVE_EVERY = 10  # seconds between entries into the journal of an unfinished pack: what a killed run loses
 
 
@@ -89,9 +91,18 @@ def get_args(argv=None):
 
 
 def recipe(sources, *, exclude=(), holdout=(), max_skipped=None, **how):
-    """What a pack was made from, as stored in pack.json: equal recipes make equal packs from unchanged files."""
-    return {"sources": [os.path.realpath(path) for path in sources], "exclude": list(exclude),
-            "holdout": [os.path.realpath(path) for path in holdout], **how}
+    """What a pack was made from, as stored in pack.json: equal recipes make equal packs from unchanged files.
+
+    Paths, which can hold patients' names, are there as one digest: of --data, --exclude and --holdout.
+    """
+    paths = [[os.path.realpath(path) for path in sources], list(exclude), [os.path.realpath(path) for path in holdout]]
+    return {"paths": hashlib.sha256(json.dumps(paths).encode()).hexdigest(), **how}
+
+
+def differing(one, other):
+    """The arguments in which two recipes differ, in words."""
+    names = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+    return ", ".join("--data, --exclude or --holdout" if name == "paths" else f"--{name}" for name in names)
 
 
 # ---------------------------------------------------------------- an unfinished pack
@@ -117,8 +128,9 @@ class Journal:
         found = _read_json(begun_path)
         self.salt = bytes.fromhex(found.pop("salt"))
         if found != begun:
-            raise ValueError(f"{part}: was begun with other arguments or other files; delete it to pack anew, or "
-                             f"choose another OUT")
+            raise ValueError(f"{part}: was begun with other arguments or other files "
+                             f"({differing(found['recipe'], made_from) or 'files'}); delete it to pack anew, or choose "
+                             f"another OUT")
         for path in self.paths:
             open(path, "ab").close()
         rows = np.fromfile(self.paths[1], ROW)
@@ -160,7 +172,7 @@ class Journal:
         self.waiting, self.saved = ([], []), time.monotonic()
 
     def __str__(self):
-        return f"{self.frames:,} images, {_size(self.frames * self.canvas ** 2)}"
+        return f"{self.frames:,} images, {size_text(self.frames * self.canvas ** 2)}"
 
 
 @contextlib.contextmanager
@@ -199,12 +211,13 @@ def check_disk(part, paths, canvas):
     need, free = frames * (canvas * canvas + 400), shutil.disk_usage(part).free  # 400: lines of journal and tables
     if need > free:
         raise ValueError(f"{os.path.dirname(os.path.abspath(part))}: about {frames:,.0f} canvases of {canvas}x{canvas} "
-                         f"need {_size(need)}, {_size(free)} are free; free some or choose a smaller --canvas")
+                         f"need {size_text(need)}, {size_text(free)} are free; free some or choose a smaller --canvas")
 
 
 def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
     """Decode the files `todo` (ascending numbers in `images`), those the journal has not, into the journal."""
-    todo = todo[np.searchsorted(todo, journal.next):]
+    before = np.searchsorted(todo, journal.next)
+    todo = todo[before:]
     bad, done, shown = len({image for image, _, _ in journal.failed}), 0, time.monotonic()
     begun, paths = shown, [images.paths[number] for number in todo]
     bar = tqdm(total=len(todo), unit=" files", disable=None, dynamic_ncols=True, smoothing=0.05)
@@ -213,10 +226,10 @@ def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
             for ended, rows, canvases, failed in decoded:
                 rows["image"] = todo[rows["image"]]
                 journal.add(rows, canvases, [(int(todo[number]), frame, reason) for number, frame, reason in failed])
-                bad += len(failed)
-                if bad > max_skipped * len(images.names):
+                bad, read = bad + len(failed), before + ended
+                if failed and bad > max_skipped * max(read, min(before + len(todo), ENOUGH)):
                     number, _, reason = failed[-1]
-                    raise ValueError(f"{bad:,} of {len(images.names):,} files cannot be read, over --max_skipped "
+                    raise ValueError(f"{bad:,} of the first {read:,} files cannot be read, over --max_skipped "
                                      f"{max_skipped}; the last: {paths[number]!r}: {reason}. Is this the source you "
                                      f"meant? With a higher --max_skipped the same command goes on")
                 bar.set_postfix_str(str(journal), refresh=False)
@@ -238,8 +251,8 @@ def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
 
 # ---------------------------------------------------------------- from an unfinished pack to a pack
 
-def write_tables(part, rows, groups, keep, names, canvas, salt, **info):
-    """Write all of a pack but its canvases, which settle() brings into the order of the tables.
+def write_tables(part, rows, groups, named, keep, names, canvas, salt, **info):
+    """Write all of a pack but its canvases, which settle() brings into the order of the tables; pack.json comes last.
 
     The last kept canvases move into the gaps that dropped ones leave: what moves is never overwritten, so that a run
     killed amid the moves repeats them.
@@ -248,25 +261,31 @@ def write_tables(part, rows, groups, keep, names, canvas, salt, **info):
     gaps = np.flatnonzero(~keep[:len(kept)])
     order[gaps] = kept[kept >= len(kept)]  # (images,): where each image's canvas lies now
     np.save(os.path.join(part, "moves.npy"), np.stack((gaps, order[gaps]), axis=1))
-    rows, groups = rows[order], groups[order]
+    rows, groups, named = rows[order], groups[order], named[order]
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
     numbers = np.argsort(np.argsort(first))[group_of]  # groups counted in order of appearance
     digest = hashlib.sha256(str(canvas).encode())
     with open(os.path.join(part, "index.csv"), "w") as index:
         index.write(",".join(INDEX.names) + "\n")
         columns = (rows["width"], rows["height"], numbers, rows["hash"], rows["looks"], rows["colour"], rows["mm"])
-        for width, height, number, content, looks, colour, mm in zip(*(column.tolist() for column in columns)):
+        # one by one: as lists, the columns of two million images take gigabytes
+        for width, height, number, content, looks, colour, mm in zip(*columns):
             line = (f"{width},{height},{number},{content:016x},{''.join(f'{word:016x}' for word in looks)},{colour},"
                     f"{mm[0]:.6g},{mm[1]:.6g}\n")
             index.write(line)
             digest.update(line.encode())
     with open(os.path.join(part, "groups.csv"), "w") as file:
-        file.write("group,digest\n")
-        file.writelines(f"{number},{group:016x}\n" for number, group in enumerate(groups[np.sort(first)].tolist()))
+        file.write(",".join(GROUPS.names) + "\n")
+        first = np.sort(first)
+        file.writelines(f"{number},{group:016x},{flag:d}\n" for number, (group, flag) in enumerate(
+            zip(groups[first].tolist(), named[first].tolist())))
     with open(os.path.join(part, "names.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "frame"])
-        writer.writerows((names[image], frame) for image, frame in rows[["image", "frame"]].tolist())
+        writer.writerows((names[image], frame) for image, frame in zip(rows["image"], rows["frame"]))
+    for name in ("moves.npy", "index.csv", "groups.csv", "names.csv", "skipped.txt"):
+        with open(os.path.join(part, name), "ab") as file:
+            os.fsync(file.fileno())
     # Python integers are exact, so the moments depend neither on order nor on workers
     count = len(rows) * canvas * canvas
     total, squares = sum(rows["sum"].tolist()), sum(rows["squares"].tolist())
@@ -316,10 +335,6 @@ def _read_json(path):
         return json.load(file)
 
 
-def _size(count):
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 # ---------------------------------------------------------------- the two packs
 
 def make_pack(sources, out, *, exclude=(), holdout=(), canvas=384, group_regex=None, dedup=False, max_per_group=None,
@@ -332,14 +347,16 @@ def make_pack(sources, out, *, exclude=(), holdout=(), canvas=384, group_regex=N
     with unfinished(out) as part:
         tables = os.path.join(part, "pack.json")
         if not os.path.exists(tables):
-            fill(part, images, made_from, max_skipped, workers, log)
+            fill(part, images, made_from, holdout, max_skipped, workers, log)
         elif _read_json(tables)["recipe"] != made_from:
-            raise ValueError(f"{part}: was begun with other arguments; delete it to pack anew, or choose another OUT")
+            differ = differing(_read_json(tables)["recipe"], made_from)
+            raise ValueError(f"{part}: was begun with other arguments ({differ}); delete it to pack anew, or choose "
+                             f"another OUT")
         info = settle(part, out)
     report(info, out, log)
 
 
-def fill(part, images, made_from, max_skipped, workers, log):
+def fill(part, images, made_from, holdout, max_skipped, workers, log):
     """Read what the journal has not, choose what stays and write the tables."""
     canvas, names = made_from["canvas"], images.names
     journal = Journal(part, made_from, names, canvas)
@@ -347,12 +364,16 @@ def fill(part, images, made_from, max_skipped, workers, log):
         log(f"going on with {part}: {journal.next:,} of {len(names):,} files are read ({journal})")
     check_disk(part, images.paths[journal.next:], canvas)
     digests = np.array([salted(group, journal.salt) for group in images.groups], np.uint64)  # (files,)
-    held = Holdout(made_from["holdout"], made_from["group_regex"], journal.salt, workers)
+    say = log if len(names) > 100_000 else lambda _: None  # what takes minutes then
+    if holdout:
+        say("reading what is held out")
+    held = Holdout(holdout, made_from["group_regex"], journal.salt, workers)
     held_groups = held.known_groups(images, digests)
     skip = np.isin(digests, held_groups)  # not even read
     decode_into(journal, images, np.flatnonzero(~skip), made_from["crop_fan"], max_skipped, workers, log)
 
     rows, failed = np.concatenate(journal.rows), journal.failed
+    say("comparing images")
     groups, named, grouped_by = groups_of(rows, images, digests)
     held_groups = np.union1d(held_groups, held.groups[np.isin(held.groups, groups[named])])
     why, counts = choose(rows, groups, named, held, held_groups, canvas,
@@ -365,54 +386,11 @@ def fill(part, images, made_from, max_skipped, workers, log):
         raise ValueError(f"all {len(rows) + skip.sum():,} images are held out or dropped; see --holdout, --drop_colour")
     counts["held_out_by_group"] += int(skip.sum())
     write_skipped(part, list_reasons(rows, why, groups == digests[rows["image"]], failed, np.flatnonzero(skip), images))
-    write_tables(part, rows, groups, why == 0, names, canvas, journal.salt, grouped_by=grouped_by, files=len(names),
-                 skipped=len(failed), closed=len(images.closed), held_out_groups=counts.pop("held_groups"),
-                 groups_named=bool(named.all()),
+    say("writing tables")
+    write_tables(part, rows, groups, named, why == 0, names, canvas, journal.salt, grouped_by=grouped_by,
+                 files=len(names), skipped=len(failed), closed=len(images.closed), held_out_groups=counts.pop("held_groups"),
                  groups_missed=bool(not named.all() and (len(held.groups) or counts["held_out_identical"])),
-                 recipe=made_from, **counts)
-
-
-def list_reasons(rows, reason, by_listing, failed, unread, images):
-    """(name, reason) of all that is left out, file by file; by_listing (n,): whether a row's group is its file's."""
-    several = np.bincount(rows["image"], minlength=len(images.names)) > 1
-    entries = [(image, frame, f"from frame {frame} on: {why}" if frame else why) for image, frame, why in failed]
-    entries += [(image, 0, f"held out (group {images.groups[image]})") for image in unread.tolist()]
-    for number in np.flatnonzero(reason).tolist():
-        image, frame, why = int(rows["image"][number]), int(rows["frame"][number]), REASONS[reason[number]]
-        if reason[number] == HELD_GROUP and by_listing[number]:
-            why = f"held out (group {images.groups[image]})"
-        entries.append((image, frame, f"frame {frame}: {why}" if several[image] else why))
-    return [*images.closed, *((images.names[image], why) for image, _, why in sorted(entries))]
-
-
-def report(info, out, log):
-    """Say what a pack holds, what was found in the images, and what was left out."""
-    made, counts = info["recipe"], {key: f"{value:,}" for key, value in info.items() if type(value) is int}
-    log(f"{counts['images']} images, {counts['groups']} groups by {info['grouped_by']} -> {out} "
-        f"({_size(info['images'] * info['canvas'] ** 2)})")
-    if made["holdout"]:
-        log(f"held out: {counts['held_out_by_group']} images of {counts['held_out_groups']} groups, "
-            f"{counts['held_out_identical']} identical images, {counts['held_out_alike']} look-alikes")
-        if info["held_out_by_group"] and info["grouped_by"] == "parent folder":
-            log("  whole folders are held out; if a folder is not one patient or clip, name groups by --group_regex")
-        elif info["groups_missed"]:
-            log(f"  WARNING: the source's groups go by {info['grouped_by']}: other images of held-out patients or "
-                f"clips may remain in; name groups by --group_regex or a group column")
-    if info["equal"] or info["near"]:
-        log(f"duplicates: {counts['equal']} images equal an earlier one ({counts['equal_across_groups']} one of "
-            f"another group), {counts['near']} nearly equal one of their group: "
-            + ("left out" if made["dedup"] else "kept; --dedup leaves them out"))
-    if info["colour"]:
-        log(f"colour: {counts['colour']} images: "
-            + ("left out" if made["drop_colour"] else "kept; --drop_colour leaves them out"))
-    if info["over_max_per_group"]:
-        log(f"over --max_per_group {made['max_per_group']}: {counts['over_max_per_group']} images left out")
-    if info["skipped"]:
-        log(f"skipped: {counts['skipped']} unreadable images")
-    if info["closed"]:
-        log(f"skipped: {counts['closed']} folders that could not be opened")
-    if os.path.getsize(os.path.join(out, "skipped.txt")):
-        log(f"  listed in {os.path.join(out, 'skipped.txt')}")
+                 recipe=made_from, held_against=len(held.hashes), **counts)
 
 
 def pack_phantoms(out, images=12000, canvas=64, seed=0, log=print):
@@ -425,16 +403,17 @@ def pack_phantoms(out, images=12000, canvas=64, seed=0, log=print):
         journal = Journal(part, made_from, names, canvas)
         rows = np.zeros(images, ROW)
         for number, grey in enumerate(pixels):
-            rows[number], _ = measure(Frame(grey, False, (0, 0), "", ""), canvas, None, b"")
+            rows[number], _ = measure(Frame(grey, grey), canvas, None, b"")
         rows["image"] = np.arange(images)
         pixels.tofile(journal.paths[0])
         digests = np.array([salted(str(group), journal.salt) for group in groups], np.uint64)
         write_skipped(part, [])
-        write_tables(part, rows, digests, np.ones(images, bool), names, canvas, journal.salt,
+        everyone = np.ones(images, bool)
+        write_tables(part, rows, digests, ~everyone, everyone, names, canvas, journal.salt,
                      grouped_by="phantom patient", recipe=made_from)
         settle(part, out)
     log(f"{images:,} phantom images, {len(set(groups.tolist())):,} groups by phantom patient -> {out} "
-        f"({_size(images * canvas ** 2)})")
+        f"({size_text(images * canvas ** 2)})")
 
 
 def open_pack(sources, folder, is_first, **how):
@@ -452,13 +431,14 @@ def open_pack(sources, folder, is_first, **how):
             raise ValueError(f"{packs[0]} is a pack already: give {', '.join(wanted)} to pack.py")
         return Pack(packs[0])
 
-    def make():
+    if is_first and not os.path.exists(folder):
         print(f"packing {', '.join(sources)} once, into {folder}", flush=True)
-        make_pack(sources, folder, **how, log=functools.partial(print, flush=True))
-    data = make_or_wait(folder, is_first, make)
-    if data.info["recipe"] != recipe(sources, **how):
-        raise ValueError(f"{folder} was packed with other arguments ({data.info['recipe']}): delete it to pack again, "
-                         f"or choose another --output_dir")
+    log = functools.partial(print, flush=True)
+    data = make_or_wait(folder, is_first, lambda: make_pack(sources, folder, **how, log=log))
+    differ = differing(data.info["recipe"], recipe(sources, **how))
+    if differ:
+        raise ValueError(f"{folder} was packed with other arguments ({differ}): delete it to pack again, choose "
+                         f"another --output_dir, or take it as it is by --data {folder}")
     return data
 
 
@@ -472,15 +452,34 @@ def open_phantoms(folder, images, canvas, seed, is_first):
 
 
 def make_or_wait(folder, is_first, make):
-    """The pack `folder`, made by one process; the others look for it every half second, however long it takes."""
+    """The pack `folder`, made by one process; the others look for it every half second, however long it takes.
+
+    If the process at it dies, which frees its lock, a first one takes over and another one leaves after PATIENCE s.
+    """
     if os.path.exists(folder) and is_first:
         print(f"using {folder}, packed earlier (delete it to pack again)", flush=True)
-    elif is_first:
-        with contextlib.suppress(BlockingIOError):  # a process of another machine is at it
-            make()
+    seen = time.monotonic()
     while not os.path.exists(folder):
+        if is_first:
+            try:
+                make()
+            except (BlockingIOError, ValueError) as error:  # a process of another machine is at it, or just finished
+                if isinstance(error, ValueError) and not os.path.exists(folder):
+                    raise
+        elif _is_locked(folder):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > PATIENCE:
+            raise ChildProcessError(f"nobody packs {folder}: the process that should has ended, or never began")
         time.sleep(0.5)
     return Pack(folder)
+
+
+def _is_locked(out):
+    try:
+        with open(os.path.join(f"{out}.part", "lock"), "r+") as file:
+            return not _lock(file)
+    except OSError:
+        return False
 
 
 def main(args):

@@ -29,7 +29,7 @@ class Holdout:
                 names |= set(images.groups)
             elif group_regex:  # names are relative to the holdout here: one without a match still counts by its pixels
                 matches = [re.search(group_regex, name) for name in images.names]
-                names |= {match[1] for match in matches if match}
+                names |= {match[1] for match in matches if match and match[1]}
             elif images.labels is None or images.grouped_by == "parent folder":
                 self.folders |= {os.path.realpath(folder) for folder in set(map(os.path.dirname, images.paths))}
         rows = [np.zeros(0, ROW)]
@@ -96,7 +96,8 @@ def choose(rows, groups, named, held, held_groups, canvas, dedup, max_per_group,
     counts["held_groups"] = len(held_groups)
     drop("held_out_identical", identical, 1)
     drop("held_out_alike", alike, 2)
-    drop("held_out_by_group", np.isin(groups, held_groups), HELD_GROUP)
+    by_name = np.isin(rows["patient"], held.groups) | np.isin(rows["study"], held.groups)  # whatever the groups are
+    drop("held_out_by_group", np.isin(groups, held_groups) | by_name, HELD_GROUP)
     drop("colour", rows["colour"] > 0, 4, drop_colour)
 
     left = np.flatnonzero(why == 0)
@@ -121,3 +122,52 @@ def spread(groups, most):
     keep = np.empty(len(groups), bool)
     keep[order] = (rank + 1) * most // size > rank * most // size
     return keep
+
+
+# ---------------------------------------------------------------- what is said about it
+
+def list_reasons(rows, reason, by_listing, failed, unread, images):
+    """(name, reason) of all that is left out, file by file; by_listing (n,): whether a row's group is its file's."""
+    several = np.bincount(rows["image"], minlength=len(images.names)) > 1
+    entries = [(image, frame, f"from frame {frame} on: {why}" if frame else why) for image, frame, why in failed]
+    entries += [(image, 0, f"held out (group {images.groups[image]})") for image in unread.tolist()]
+    for number in np.flatnonzero(reason).tolist():
+        image, frame, why = int(rows["image"][number]), int(rows["frame"][number]), REASONS[reason[number]]
+        if reason[number] == HELD_GROUP and by_listing[number]:
+            why = f"held out (group {images.groups[image]})"
+        entries.append((image, frame, f"frame {frame}: {why}" if several[image] else why))
+    return [*images.closed, *((images.names[image], why) for image, _, why in sorted(entries))]
+
+
+def report(info, out, log):
+    """Say what a pack holds, what was found in the images, and what was left out."""
+    made, counts = info["recipe"], {key: f"{value:,}" for key, value in info.items() if type(value) is int}
+    log(f"{counts['images']} images, {counts['groups']} groups by {info['grouped_by']} -> {out} "
+        f"({size_text(info['images'] * info['canvas'] ** 2)})")
+    if info["held_against"]:
+        log(f"held out: {counts['held_out_by_group']} images of {counts['held_out_groups']} groups, "
+            f"{counts['held_out_identical']} identical images, {counts['held_out_alike']} look-alikes")
+        if info["held_out_by_group"] and info["grouped_by"] == "parent folder":
+            log("  whole folders are held out; if a folder is not one patient or clip, name groups by --group_regex")
+        elif info["groups_missed"]:
+            log(f"  WARNING: the source's groups go by {info['grouped_by']}: other images of held-out patients or "
+                f"clips may remain in; name groups by --group_regex or a group column")
+    if info["equal"] or info["near"]:
+        log(f"duplicates: {counts['equal']} images equal an earlier one ({counts['equal_across_groups']} one of "
+            f"another group), {counts['near']} nearly equal one of their group: "
+            + ("left out" if made["dedup"] else "kept; --dedup leaves them out"))
+    if info["colour"]:
+        log(f"colour: {counts['colour']} images: "
+            + ("left out" if made["drop_colour"] else "kept; --drop_colour leaves them out"))
+    if info["over_max_per_group"]:
+        log(f"over --max_per_group {made['max_per_group']}: {counts['over_max_per_group']} images left out")
+    if info["skipped"]:
+        log(f"skipped: {counts['skipped']} unreadable images")
+    if info["closed"]:
+        log(f"skipped: {counts['closed']} folders that could not be opened")
+    if os.path.getsize(os.path.join(out, "skipped.txt")):
+        log(f"  listed in {os.path.join(out, 'skipped.txt')}")
+
+
+def size_text(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -66,7 +66,7 @@ def write_pack(folder, images, groups, canvas, noise=False):
             row["group"], row["hash"] = index * groups // images, b"%016x" % index
             file.write(",".join(x.decode() if isinstance(x, bytes) else str(x) for x in row.tolist()) + "\n")
     with open(os.path.join(folder, "groups.csv"), "w") as file:
-        file.write("group,digest\n" + "".join(f"{group},{group:016x}\n" for group in range(groups)))
+        file.write("group,digest,named\n" + "".join(f"{group},{group:016x},1\n" for group in range(groups)))
     info = dict(version=data.PACK_VERSION, images=images, canvas=canvas, mean=0.2, std=0.2, groups=groups, digest="",
                 grouped_by="number")
     Path(folder, "pack.json").write_text(json.dumps(info))

@@ -57,9 +57,11 @@ def make(tmp_path):
 
 
 def read(path, first=0):
-    frames = list(open_dicom(path).pixels(first))
+    """The frames' tissue regions."""
+    file = open_dicom(path)
+    frames, (x0, y0, x1, y1) = list(file.pixels(first)), file.box
     assert all(frame.dtype == np.uint8 and frame.flags.c_contiguous for frame in frames)
-    return np.stack(frames)
+    return np.stack(frames)[:, y0:y1, x0:x1]
 
 
 def sequence(*items):

@@ -18,8 +18,8 @@ import fewshot
 import metrics
 import phantom
 import runtime
-from images import list_images, load_grey, resize_square
-from leakage import content_hash, perceptual_hash, salted
+from images import Frame, list_images, load_grey, resize_square
+from leakage import content_hash, perceptual_hash
 from model import VisionTransformer
 
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2, init_values=0.5)
@@ -262,7 +262,7 @@ def test_table_is_narrow_and_records_are_complete():
 def test_features_are_class_token_and_mean_patch(in_chans, mean, std):
     backbone = VisionTransformer(**{**CONFIG, "in_chans": in_chans}).eval()
     images = [np.random.default_rng(i).integers(0, 255, (20 + i, 30), dtype=np.uint8) for i in range(5)]
-    (features, pixels), content, looks = fewshot.extract(5, images.__getitem__, 16, [backbone], mean, std, 2, "cpu")
+    (features, pixels), content, looks = fewshot.extract(5, lambda i: Frame(images[i], images[i]), 16, [backbone], mean, std, 2, "cpu")
     assert content.tolist() == list(map(content_hash, images))
     assert np.array_equal(looks, np.array(list(map(perceptual_hash, images))))
     for i, image in enumerate(images):

@@ -468,7 +468,8 @@ def test_dicom_is_found_by_suffix_or_magic(dicoms):
         if not path.endswith("z.png"):
             frames = list(read_frames(path))
             assert np.array_equal([frame.grey for frame in frames], speckle(0, (2, 12, 20)))
-            assert {frame[1:] for frame in frames} == {(False, (0, 0), "P7", "1.2.7")}
+            assert {frame[2:] for frame in frames} == {(False, (0, 0), "P7", "1.2.7")}
+            assert all(np.array_equal(frame.grey, frame.whole) for frame in frames)
 
 
 def test_missing_pydicom_is_told_at_listing(dicoms, monkeypatch):

@@ -91,7 +91,7 @@ def test_folder_by_command(tmp_path, clips):
     assert made.groups.tolist() == [0] * 6 + [1] * 6
     assert made.mean == pytest.approx(np.mean(made.canvases / 255), rel=1e-12)
     assert made.std == pytest.approx(np.std(made.canvases / 255), rel=1e-12)
-    assert made.info["recipe"]["sources"] == [str(tmp_path / "src")] and skipped(made) == {}
+    assert made.info["recipe"]["canvas"] == 16 and skipped(made) == {}
     assert sorted(os.listdir(tmp_path)) == ["out.pack", "src"]
 
 
@@ -176,7 +176,7 @@ def test_mostly_unreadable_stops_and_wholly_unreadable_is_an_error(tmp_path):
     for name in "abc":
         (tmp_path / "src" / name).mkdir(parents=True)
         (tmp_path / "src" / name / "x.png").write_text("no image")
-    with pytest.raises(ValueError, match="3 of 3 files cannot be read, over --max_skipped 0.5.*not an image"):
+    with pytest.raises(ValueError, match="3 of the first 3 files cannot be read, over --max_skipped 0.5.*not an image"):
         make(tmp_path / "src", tmp_path / "out", max_skipped=0.5)
     with pytest.raises(ValueError, match="none of 3 files can be read"):
         make(tmp_path / "src", tmp_path / "out", max_skipped=1)
@@ -388,10 +388,10 @@ def test_an_unfinished_pack_goes_on_with_the_same_files_and_arguments_only(tmp_p
         make(clips, tmp_path / "out")
     monkeypatch.setattr(pack.Journal, "add", add)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out.part").iterdir()}
-    with pytest.raises(ValueError, match="out.part: was begun with other arguments or other files; delete it"):
+    with pytest.raises(ValueError, match=r"out.part: was begun with other arguments or other files \(--drop_colour\); delete it"):
         make(clips, tmp_path / "out", drop_colour=True)
     save(clips / "sick" / "new.png", speckle(77))
-    with pytest.raises(ValueError, match="was begun with other"):
+    with pytest.raises(ValueError, match=r"was begun with other .* \(files\)"):
         make(clips, tmp_path / "out")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out.part").iterdir()}
     (clips / "sick" / "new.png").unlink()
@@ -489,7 +489,7 @@ def test_a_folder_is_packed_once_and_other_processes_wait_for_it(tmp_path, clips
     assert f"packing {clips} once, into {folder}" in capsys.readouterr().out
     pack.open_pack([str(clips)], folder, True, **how)
     assert f"using {folder}, packed earlier" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was packed with other arguments.*delete it"):
+    with pytest.raises(ValueError, match=r"was packed with other arguments \(--dedup\): delete it"):
         pack.open_pack([str(clips)], folder, True, **{**how, "dedup": True})
 
 
@@ -504,6 +504,37 @@ def test_another_machine_that_packs_is_waited_for(tmp_path, clips):
     os.rename(made.folder, out)
     thread.join(20)
     assert len(found[0]) == 12
+
+
+def test_a_waiting_process_takes_over_or_leaves(tmp_path, clips, monkeypatch):
+    out, found = str(tmp_path / "out"), []
+    with pack.unfinished(out):  # a packer that dies: its lock is free, there is no pack
+        thread = threading.Thread(target=lambda: found.append(pack.make_or_wait(out, True, lambda: make(clips, out))))
+        thread.start()
+        time.sleep(0.2)
+    thread.join(20)
+    assert len(found[0]) == 12
+    monkeypatch.setattr(pack, "PATIENCE", 0.1)
+    with pytest.raises(ChildProcessError, match="nobody packs"):
+        pack.make_or_wait(str(tmp_path / "never"), False, None)
+
+
+def test_a_single_file_is_a_source_and_a_pack_is_none(tmp_path, clips):
+    made, _ = make(clips / "sick/sick-a_frame0.png", tmp_path / "out")
+    assert names(made) == ["sick-a_frame0.png"]
+    with pytest.raises(ValueError, match="out is a pack, not a source of images"):
+        make(tmp_path / "out", tmp_path / "other")
+
+
+def test_a_wrong_source_stops_before_all_of_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "ENOUGH", 20)
+    for number in range(200):
+        save(tmp_path / "src" / f"{number:03d}.png", speckle(number))
+        if number < 40:
+            (tmp_path / "src" / f"{number:03d}.png").write_text("no image")
+    with pytest.raises(ValueError, match="(16|24) of the first (16|24) files cannot be read, over --max_skipped 0.5"):
+        make(tmp_path / "src", tmp_path / "out")
+    assert len(make(tmp_path / "src", tmp_path / "out", max_skipped=1)[0]) == 160  # goes on, or anew
 
 
 def test_a_pack_takes_no_packing_flags_and_no_company(tmp_path, clips):

@@ -1,5 +1,4 @@
 """What stays in a pack: duplicates, caps, colour, the fan, look-alikes of held-out images, DICOM's patients."""
-import json
 import os
 from pathlib import Path
 
@@ -112,11 +111,14 @@ def test_a_reexported_holdout_frame_stays_out_with_its_group(tmp_path, frames):
 
 
 def test_names_stay_in_the_two_private_files(tmp_path, frames):
-    save(tmp_path / "src" / "DOE_JANE" / "DOE_JANE_1.png", frames[0])
-    save(tmp_path / "src" / "ROE_MARY" / "ROE_MARY_1.png", frames[1])
-    save(tmp_path / "src" / "ROE_MARY" / "ROE_MARY_2.png", frames[1])
-    one, _ = make(tmp_path / "src", tmp_path / "one", group_regex="([A-Z_]+)/", dedup=True)
-    two, _ = make(tmp_path / "src", tmp_path / "two", group_regex="([A-Z_]+)/", dedup=True)
+    src = tmp_path / "ROE_FAMILY"
+    save(src / "DOE_JANE" / "DOE_JANE_1.png", frames[0])
+    save(src / "ROE_MARY" / "ROE_MARY_1.png", frames[1])
+    save(src / "ROE_MARY" / "ROE_MARY_2.png", frames[1])
+    save(tmp_path / "DOE_TEST" / "other.png", frames[2])
+    how = dict(group_regex="([A-Z_]+)/[^/]*$", dedup=True, exclude=["*DOE_X*"], holdout=[str(tmp_path / "DOE_TEST")])
+    one, _ = make(src, tmp_path / "one", **how)
+    two, _ = make(src, tmp_path / "two", **how)
     naming = {path.name for path in Path(one.folder).iterdir() if b"DOE" in path.read_bytes() or b"ROE" in path.read_bytes()}
     assert naming == {"names.csv", "skipped.txt"}
     assert one.info["salt"] != two.info["salt"] and not set(one.group_digests) & set(two.group_digests)
@@ -136,6 +138,19 @@ def test_folder_names_are_not_compared_with_a_test_set(tmp_path, frames):
     assert set(made.digests()) == {"content", "looks"}
 
 
+def test_one_file_without_a_patient_does_not_hide_the_others(tmp_path, frames):
+    save_dicom(tmp_path / "src" / "a" / "0.dcm", frames[:1], "P1", "1.1")
+    save_dicom(tmp_path / "src" / "a" / "1.dcm", frames[1:2], "P2", "1.2")
+    save(tmp_path / "src" / "b" / "2.png", frames[2])
+    made, _ = make(tmp_path / "src", tmp_path / "out")
+    assert made.named.tolist() == [True, True, False]
+    seen = made.digests()
+    looks = leakage.perceptual_hash(frames[5])[None]
+    counts, line, _ = leakage.overlap(seen, np.array([1], np.uint64), looks, ["P2"])
+    assert counts["seen"] == 1 and "1 of a pretraining group" in line
+    assert leakage.overlap(seen, np.array([1], np.uint64), looks, ["b"])[0]["seen"] == 0
+
+
 # ---------------------------------------------------------------- sources and DICOM
 
 def test_several_sources(tmp_path, frames):
@@ -150,7 +165,7 @@ def test_several_sources(tmp_path, frames):
     assert made.groups.tolist() == [0, 1, 0] and "2 groups by group column" in log  # one patient in both
 
 
-def save_dicom(path, frames, patient, study):
+def save_dicom(path, frames, patient, study, **more):
     pydicom = pytest.importorskip("pydicom")
     ds = pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
@@ -162,6 +177,8 @@ def save_dicom(path, frames, patient, study):
     ds.HighBit, (ds.NumberOfFrames, ds.Rows, ds.Columns) = 7, frames.shape
     ds.PixelSpacing = [0.25, 0.5]
     ds.PixelData = frames.tobytes()
+    for keyword, value in more.items():
+        setattr(ds, keyword, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     ds.save_as(path, enforce_file_format=True)
 
@@ -182,6 +199,31 @@ def test_dicom_patients_are_groups_and_are_held_out(tmp_path, frames):
     assert made.info["held_out_by_group"] == 3 and made.info["held_out_groups"] == 1
 
 
+def test_a_held_out_patient_of_many_studies_stays_out(tmp_path, frames):
+    """The source has one patient, so that its groups are studies: its name is held out all the same."""
+    for number in range(2):
+        save_dicom(tmp_path / "src" / f"{number}.dcm", frames[number:number + 1], "P1", f"1.{number}")
+    save(tmp_path / "src" / "plain.png", frames[4])
+    save_dicom(tmp_path / "test" / "other.dcm", frames[5:6], "P1", "1.9")
+    made, _ = make(tmp_path / "src", tmp_path / "out", holdout=[str(tmp_path / "test")])
+    assert names(made) == ["plain.png"] and made.info["held_out_by_group"] == 2
+
+
+def test_a_frame_trimmed_to_its_tissue_region_is_known_by_its_whole_screen(tmp_path, frames):
+    pydicom = pytest.importorskip("pydicom")
+    item = pydicom.Dataset()
+    for keyword, value in dict(RegionSpatialFormat=1, RegionDataType=1, RegionLocationMinX0=40, RegionLocationMinY0=30,
+                               RegionLocationMaxX1=219, RegionLocationMaxY1=199).items():
+        setattr(item, keyword, value)
+    save_dicom(tmp_path / "src" / "0.dcm", frames[:1], "P1", "1.1", SequenceOfUltrasoundRegions=pydicom.Sequence([item]))
+    save_dicom(tmp_path / "src" / "1.dcm", frames[1:2], "P2", "1.2")
+    save(tmp_path / "test" / "screen.png", frames[0])
+    made, _ = make(tmp_path / "src", tmp_path / "out", holdout=[str(tmp_path / "test")])
+    assert skipped(made) == {"0.dcm": "held out (identical image)"}
+    made, _ = make(tmp_path / "src", tmp_path / "all")
+    assert made.sizes.tolist() == [[180, 170], [256, 256]]
+
+
 def test_anonymised_dicom_goes_by_study(tmp_path, frames):
     for number in range(3):
         save_dicom(tmp_path / "src" / f"{number}.dcm", frames[number:number + 1], "ANONYMOUS", f"1.{number // 2}")
@@ -193,4 +235,4 @@ def test_a_regex_goes_before_dicom_names(tmp_path, frames):
     for number in range(2):
         save_dicom(tmp_path / "src" / f"clip{number}.dcm", frames[:2] + number, "P", f"1.{number}")
     made, log = make(tmp_path / "src", tmp_path / "out", group_regex="(clip.)")
-    assert made.groups.tolist() == [0, 0, 1, 1] and json.loads((tmp_path / "out/pack.json").read_text())["groups_named"]
+    assert made.groups.tolist() == [0, 0, 1, 1] and made.named.all()
