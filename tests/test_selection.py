@@ -9,7 +9,7 @@ from test_pack import make, names, save, skipped, speckle, write_csv
 
 import leakage
 import selection
-from images import load_grey, resize_square
+from images import dicom_groups, list_images, load_grey, resize_square
 from phantom import phantom_images
 
 
@@ -236,3 +236,17 @@ def test_a_regex_goes_before_dicom_names(tmp_path, frames):
         save_dicom(tmp_path / "src" / f"clip{number}.dcm", frames[:2] + number, "P", f"1.{number}")
     made, log = make(tmp_path / "src", tmp_path / "out", group_regex="(clip.)")
     assert made.groups.tolist() == [0, 0, 1, 1] and made.named.all()
+
+
+def test_labelled_dicom_is_grouped_by_patient(tmp_path, frames):
+    for number in range(4):
+        save_dicom(tmp_path / "set" / "ab"[number % 2] / f"{number}.dcm", frames[number:number + 1], f"P{number // 2}", "1.1")
+    save(tmp_path / "set" / "a" / "plain.png", frames[4])
+    listed = list_images(str(tmp_path / "set"), labelled=True)
+    assert len(set(listed.groups)) == 5
+    found = dicom_groups(listed)
+    assert dict(zip(found.names, found.groups)) == {"a/0.dcm": "P0", "b/1.dcm": "P0", "a/2.dcm": "P1", "b/3.dcm": "P1",
+                                                    "a/plain.png": "a/plain.png"}
+    assert found.grouped_by.startswith("DICOM patient, else image")
+    named = list_images(str(tmp_path / "set"), group_regex=r"(\d|plain)", labelled=True)
+    assert dicom_groups(named) is named
