@@ -451,7 +451,8 @@ def test_interrupted_run_goes_on(tmp_path, number):
     for copy in range(1, 100):  # far from done when the signal comes, however slow or fast the machine
         os.link(tmp_path / "src/p/0.png", tmp_path / f"src/p/{copy}.png")
     process = subprocess.Popen([sys.executable, ROOT / "pack.py", "src", "out", "--workers", "2"], cwd=tmp_path,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
     deadline, canvases = time.time() + 60, tmp_path / "out.part/canvases.u8"
     while not (canvases.exists() and canvases.stat().st_size) and time.time() < deadline:
         time.sleep(0.02)
