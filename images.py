@@ -1,5 +1,6 @@
 """Image files in, grey frames out: reading one file of any kind, reading many on all cores, and listing them."""
 
+import concurrent.futures
 import contextlib
 import csv
 import fnmatch
@@ -286,11 +287,21 @@ def decode_all(paths, canvas, crop_fan, salt, workers=None):
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker) if workers > 1 else None
-    todo, pending = ((start, min(start + CHUNK, len(paths)), 0) for start in starts), deque()
+    todo, pending, ours = ((start, min(start + CHUNK, len(paths)), 0) for start in starts), deque(), set()
 
     def submit(start, end, frame):
         work = functools.partial(decode_chunk, paths[start:end], frame, canvas, crop_fan, salt)
-        return start, end, pool.submit(work).result if pool else work
+        return start, end, functools.partial(wait, pool.submit(work)) if pool else work
+
+    def wait(future):
+        """A future's result. The pool does not notice a worker that dies while it sends one: we look for ourselves."""
+        while True:
+            try:
+                return future.result(timeout=1)
+            except concurrent.futures.TimeoutError:
+                ours.update(set(multiprocessing.active_children()) - others)
+                if not all(worker.is_alive() for worker in ours):
+                    raise BrokenProcessPool
 
     try:
         while True:
@@ -305,13 +316,16 @@ def decode_all(paths, canvas, crop_fan, salt, workers=None):
                 end = start + resume[0]
             rows["image"] += start
             yield end, rows, canvases, [(start + number, frame, reason) for number, frame, reason in failed]
-    except BrokenProcessPool:
-        raise ChildProcessError(
-            f"a decoding process died: out of memory (fewer --workers than {workers} need less), or a decoder crashed "
-            f"(--exclude the file, one of {paths[pending[0][0]]} to {paths[pending[-1][1] - 1]})")
-    except BaseException:  # Ctrl-C may strike before the pool has noted a worker that it started: it would wait on it
+    except BaseException as error:
+        # Ctrl-C may strike before the pool has noted a worker that it started: it would wait on it
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
+        if pool:  # it would wait for ever for the rest of what a killed worker was just sending: now it meets an end
+            pool._result_queue._writer.close()
+        if isinstance(error, BrokenProcessPool):
+            raise ChildProcessError(
+                f"a decoding process died: out of memory (fewer --workers than {workers} need less), or a decoder "
+                f"crashed (--exclude the file, one of {paths[pending[0][0]]} to {paths[pending[-1][1] - 1]})")
         raise
     finally:
         if pool:

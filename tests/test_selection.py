@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from file_tools import save_dicom
 from test_pack import make, names, save, skipped, speckle, write_csv
 
 import leakage
@@ -165,28 +166,10 @@ def test_several_sources(tmp_path, frames):
     assert made.groups.tolist() == [0, 1, 0] and "2 groups by group column" in log  # one patient in both
 
 
-def save_dicom(path, frames, patient, study, **more):
-    pydicom = pytest.importorskip("pydicom")
-    ds = pydicom.Dataset()
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.3.1", pydicom.uid.generate_uid()
-    ds.PatientID, ds.StudyInstanceUID = patient, study
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
-    ds.BitsAllocated = ds.BitsStored = 8
-    ds.HighBit, (ds.NumberOfFrames, ds.Rows, ds.Columns) = 7, frames.shape
-    ds.PixelSpacing = [0.25, 0.5]
-    ds.PixelData = frames.tobytes()
-    for keyword, value in more.items():
-        setattr(ds, keyword, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ds.save_as(path, enforce_file_format=True)
-
-
 def test_dicom_patients_are_groups_and_are_held_out(tmp_path, frames):
-    save_dicom(tmp_path / "src" / "IM0", frames[:2], "P1", "1.1")
-    save_dicom(tmp_path / "src" / "IM1", frames[2:3], "P1", "1.2")
-    save_dicom(tmp_path / "src" / "sub" / "IM2.dcm", frames[3:4], "P2", "1.3")
+    save_dicom(tmp_path / "src" / "IM0", frames[:2], "P1", "1.1", PixelSpacing=[0.25, 0.5])
+    save_dicom(tmp_path / "src" / "IM1", frames[2:3], "P1", "1.2", PixelSpacing=[0.25, 0.5])
+    save_dicom(tmp_path / "src" / "sub" / "IM2.dcm", frames[3:4], "P2", "1.3", PixelSpacing=[0.25, 0.5])
     save(tmp_path / "src" / "sub" / "plain.png", frames[4])
     made, log = make(tmp_path / "src", tmp_path / "out")
     assert names(made) == ["IM0", "IM0 (frame 1)", "IM1", "sub/IM2.dcm", "sub/plain.png"]
