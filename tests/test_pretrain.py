@@ -81,6 +81,7 @@ def rank_of_two(rank, init, args, result):
     outcome = train(args, rank, 2)
     if rank == 0:
         torch.save(outcome, result)
+    dist.barrier()  # gloo can abort where one process leaves while another is still at it
     dist.destroy_process_group()
 
 
