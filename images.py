@@ -60,8 +60,10 @@ def read_frames(path, first=0):
         x0, y0, x1, y1 = file.box
         for number, pixels in enumerate(file.pixels(first), first):  # uint8 (h, w) or (h, w, 3)
             _check_number(number)
-            whole, _ = _grey_and_colour(Image.fromarray(pixels))
-            grey, colour = _grey_and_colour(Image.fromarray(np.ascontiguousarray(pixels[y0:y1, x0:x1])))
+            whole, colour = _grey_and_colour(Image.fromarray(pixels))
+            grey = whole[y0:y1, x0:x1]
+            if grey.shape != whole.shape:  # what is in colour beside the region does not count
+                _, colour = _grey_and_colour(Image.fromarray(np.ascontiguousarray(pixels[y0:y1, x0:x1])))
             yield Frame(grey, whole, colour, file.mm or (0, 0), file.patient, file.study)
         return
     # not by its path: an uncompressed TIFF that lies on its side would be mapped into memory and come out scrambled
@@ -174,10 +176,6 @@ def load_frame(path):
     if len(frames) != 1:
         raise ValueError("holds several frames, a label needs a file of its own" if frames else "holds no frame")
     return frames[0]
-
-
-def load_grey(path):
-    return load_frame(path).grey
 
 
 def resize_square(grey, size):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import read_frames
+from images import load_frame, read_frames
 
 
 def speckle(seed, shape=(20, 30)):
@@ -38,6 +38,10 @@ def save_dicom(path, frames, patient="P7", study="1.2.7", **elements):
     path.parent.mkdir(parents=True, exist_ok=True)
     ds.save_as(path, enforce_file_format=True)
     return str(path)
+
+
+def load_grey(path):
+    return load_frame(path).grey
 
 
 def greys(path, first=0):

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from file_tools import load_grey
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -18,7 +19,7 @@ import fewshot
 import metrics
 import phantom
 import runtime
-from images import Frame, list_images, load_grey, resize_square
+from images import Frame, list_images, resize_square
 from leakage import content_hash, perceptual_hash
 from model import VisionTransformer
 

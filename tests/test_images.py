@@ -6,8 +6,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 import images
-from file_tools import greys, save, save_dicom, speckle
-from images import FRAMES, count_frames, decode_all, load_grey, read_frames
+from file_tools import greys, load_grey, save, save_dicom, speckle
+from images import FRAMES, count_frames, decode_all, read_frames
 
 
 def assert_frames(path, expected, tolerance=0):

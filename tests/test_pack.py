@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from file_tools import load_grey
 from PIL import Image
 
 import images
 import pack
 from data import Pack
-from images import load_grey, resize_square
+from images import resize_square
 from leakage import content_hash
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from file_tools import load_grey
 from test_pack import ROOT, clips, make, names, run, save, speckle  # clips is a fixture
 
 import images
 import pack
 from data import Pack
-from images import load_grey, resize_square
+from images import resize_square
 
 
 # ---------------------------------------------------------------- what goes wrong on a machine

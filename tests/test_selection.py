@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from file_tools import save_dicom
+from file_tools import load_grey, save_dicom
 from test_pack import make, names, save, skipped, speckle, write_csv
 
 import leakage
 import selection
-from images import dicom_groups, list_images, load_grey, resize_square
+from images import dicom_groups, list_images, resize_square
 from phantom import phantom_images
 
 
