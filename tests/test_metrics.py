@@ -29,6 +29,22 @@ def test_scores_are_scikit_learns(labels, predictions):
     assert metrics.balanced_accuracy(counts) == pytest.approx(expected, abs=1e-6)
     expected = sklearn.metrics.f1_score(labels, predictions, average="macro")
     assert metrics.macro_f1(counts) == pytest.approx(expected, abs=1e-6)
+    assert metrics.accuracy(counts) == pytest.approx(sklearn.metrics.accuracy_score(labels, predictions), abs=1e-6)
+    expected = sklearn.metrics.precision_recall_fscore_support(labels, predictions, labels=range(K),
+                                                               zero_division=np.nan)
+    actual = metrics.per_class(counts)
+    assert list(actual) == ["precision", "recall", "f1", "support"]
+    for values, oracle in zip(actual.values(), expected):
+        np.testing.assert_allclose(values, oracle, atol=1e-6)
+
+
+def test_what_is_undefined_of_a_class():
+    """Class 0 is only predicted, class 1 only a label, class 2 neither, class 3 both."""
+    scores = metrics.per_class(metrics.confusion(np.array([1, 3]), np.array([0, 3]), K))
+    np.testing.assert_array_equal(scores["precision"], [0, np.nan, np.nan, 1])
+    np.testing.assert_array_equal(scores["recall"], [np.nan, 0, np.nan, 1])
+    np.testing.assert_array_equal(scores["f1"], [0, 0, np.nan, 1])
+    np.testing.assert_array_equal(scores["support"], [0, 1, 0, 1])
 
 
 def test_leading_axes_and_unpredicted_images():
@@ -38,8 +54,10 @@ def test_leading_axes_and_unpredicted_images():
     for i in np.ndindex(2, 3):
         seen = predictions[i] >= 0
         assert (counts[i] == sklearn.metrics.confusion_matrix(labels[seen], predictions[i][seen])).all()
-        for score in (metrics.balanced_accuracy, metrics.macro_f1):
+        for score in (metrics.accuracy, metrics.balanced_accuracy, metrics.macro_f1):
             assert score(counts)[i] == score(counts[i])
+        for name, values in metrics.per_class(counts).items():
+            np.testing.assert_array_equal(values[i], metrics.per_class(counts[i])[name])
 
 
 def test_groups_sum_to_the_whole():
@@ -52,7 +70,8 @@ def test_groups_sum_to_the_whole():
 
 
 def test_nothing_to_score_is_nan_not_zero():
-    assert np.isnan(metrics.balanced_accuracy(np.zeros((K, K)))) and np.isnan(metrics.macro_f1(np.zeros((K, K))))
+    for score in (metrics.accuracy, metrics.balanced_accuracy, metrics.macro_f1):
+        assert np.isnan(score(np.zeros((K, K))))
 
 
 @pytest.mark.parametrize("labels, predictions", [([4], [0]), ([-1], [0]), ([0], [4])])
@@ -61,7 +80,75 @@ def test_a_class_out_of_range_raises(labels, predictions):
         metrics.confusion(np.array(labels), np.array(predictions), K)
 
 
-# ---------------------------------------------------------------- the bootstrap
+# ---------------------------------------------------------------- AUROC
+
+def area(labels, scores, weights=None):
+    """scikit-learn's AUROC of 0/1 labels, nan where one of the two has no weight."""
+    weights = np.ones(len(labels)) if weights is None else weights
+    if not (weights[labels == 1].sum() and weights[labels == 0].sum()):
+        return np.nan
+    return sklearn.metrics.roc_auc_score(labels, scores, sample_weight=weights)
+
+
+@pytest.mark.parametrize("levels", [None, 4], ids=["no ties", "ties"])
+def test_auroc_is_scikit_learns(levels):
+    labels, scores = RNG.integers(0, K - 1, 80), RNG.random((80, K))  # class 3 is absent
+    scores = scores if levels is None else np.round(scores * levels)
+    weights = RNG.integers(0, 3, (2, 5, 80)).astype(np.float32)
+    weights[0, 0], weights[0, 1, labels == 1], weights[0, 2, labels != 1] = 1, 0, 0
+    weights[1] *= RNG.random((5, 80), np.float32)  # no integers either
+    actual = metrics.auroc(labels, scores, weights)
+    assert actual.shape == (2, 5, K) and np.isnan(actual[0, 1, 1]) and np.isnan(actual[0, 2]).all()
+    expected = [[[area(labels == k, scores[:, k], w) for k in range(K)] for w in row] for row in weights]
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    np.testing.assert_allclose(metrics.auroc(labels, scores), actual[0, 0], atol=1e-12)
+    macro = metrics.macro_auroc(labels, scores, weights)
+    assert macro.shape == (2, 5) and np.isnan(macro[0, 2])
+    some = ~np.isnan(macro)
+    np.testing.assert_allclose(macro[some], np.nanmean(np.array(expected)[some], axis=1), atol=1e-6)
+
+
+def test_macro_auroc_is_scikit_learns_where_every_class_is_there():
+    labels, scores = np.arange(90) % K, RNG.dirichlet(np.ones(K), 90)
+    expected = sklearn.metrics.roc_auc_score(labels, scores, multi_class="ovr", average="macro")
+    assert metrics.macro_auroc(labels, scores) == pytest.approx(expected, abs=1e-6)
+    both = RNG.dirichlet(np.ones(2), 90)
+    expected = sklearn.metrics.roc_auc_score(labels % 2, both[:, 1])
+    assert metrics.macro_auroc(labels % 2, both) == pytest.approx(expected, abs=1e-6)
+
+
+def test_auroc_of_many_replicates_is_that_of_each():
+    """More replicates than are scored at a time: 2,000,000 weights."""
+    labels, scores = np.arange(2000) % 3, RNG.random((2000, 3))
+    weights = RNG.integers(0, 3, (1501, 2000)).astype(np.float32)
+    actual = metrics.auroc(labels, scores, weights)
+    for r in (0, 999, 1000, 1500):
+        np.testing.assert_allclose(actual[r], metrics.auroc(labels, scores, weights[r]), atol=1e-12)
+
+
+def test_auroc_of_extremes():
+    labels = np.array([0, 0, 1])
+    assert (metrics.auroc(labels, np.eye(2)[labels]) == 1).all()
+    assert (metrics.auroc(labels, 1 - np.eye(2)[labels]) == 0).all()
+    assert (metrics.auroc(labels, np.full((3, 2), 0.3)) == 0.5).all()  # all alike: a coin
+    assert (metrics.auroc(labels, np.array([[0, -np.inf], [0, -np.inf], [-1, -1]])) == 1).all()  # log probabilities
+    assert np.isnan(metrics.auroc(np.array([1]), np.array([[0.2, 0.8]]))).all()  # one image
+    assert np.isnan(metrics.macro_auroc(np.array([1]), np.array([[0.2, 0.8]])))
+
+
+@pytest.mark.parametrize("labels, scores, message", [
+    ([0, 1], [[0.5, np.nan], [0.1, 0.9]], "1 scores are nan"),
+    ([0, 2], [[0.5, 0.5], [0.1, 0.9]], "labels lie in 0..2"),
+    ([0, -1], [[0.5, 0.5], [0.1, 0.9]], "labels lie in -1..0"),
+    ([0, 1, 1], [[0.5, 0.5], [0.1, 0.9]], "expected"),
+    ([], np.zeros((0, 2)), "at least one"),
+])
+def test_scores_that_cannot_be_ranked_raise(labels, scores, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.auroc(np.array(labels, int), np.array(scores))
+
+
+# ---------------------------------------------------------------- the bootstrap of episodes
 
 def test_set_of(n_groups, per_group=6, episodes=8, spread=0.0, accuracy=0.7, seed=0):
     """Labels, predictions (E, n), groups; `spread` makes the images of a group right or wrong together."""
