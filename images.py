@@ -1,15 +1,11 @@
-"""Image files in, grey frames out: reading one file of any kind, reading many on all cores, and listing them."""
+"""Image files in, grey frames out: reading one file of any kind, and reading many on all cores."""
 
 import concurrent.futures
 import contextlib
-import csv
-import fnmatch
 import functools
-import importlib.util
 import itertools
 import multiprocessing
 import os
-import re
 import signal
 import stat
 import threading
@@ -34,7 +30,6 @@ CLIPS = ("GIF", "TIFF")  # Pillow's formats whose frames are read; a phone's JPE
 DEEP = ("I", "F")  # its modes of 16-bit, 32-bit and float grey begin so
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")  # Pillow's others would run PostScript, for one
 ORIENTATION, TILE = 0x0112, (0x0142, 0x0143)  # tags of EXIF and TIFF
-IMAGE_GROUPS = "image (each image is its own group)"
 CHUNK = 8  # files a worker decodes per task: large enough to hide the round trip ...
 FRAMES = 128  # ... but it comes back after so many frames: long clips must not pile up in memory
 FAN_FRAMES = 16  # the first frames of a clip that show where its fan is
@@ -55,7 +50,7 @@ def read_frames(path, first=0):
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
         raise ValueError("not a regular file")
-    if _is_dicom(path):
+    if is_dicom_file(path):
         file = dicom.open_dicom(path)
         x0, y0, x1, y1 = file.box
         for number, pixels in enumerate(file.pixels(first), first):  # uint8 (h, w) or (h, w, 3)
@@ -90,7 +85,7 @@ def count_frames(path):
         warnings.simplefilter("ignore")
         if not stat.S_ISREG(os.stat(path).st_mode):
             return 1
-        if _is_dicom(path):
+        if is_dicom_file(path):
             frames = dicom.open_dicom(path).frames
         else:
             with Image.open(path, formats=FORMATS) as image:
@@ -98,7 +93,7 @@ def count_frames(path):
     return min(frames, MAX_FRAMES, os.path.getsize(path) if os.path.isfile(path) else 1)
 
 
-def _is_dicom(path):
+def is_dicom_file(path):
     suffix = os.path.splitext(path)[1].lower()
     return suffix in dicom.SUFFIXES or suffix not in IMAGE_SUFFIXES and os.path.isfile(path) and dicom.is_dicom(path)
 
@@ -328,162 +323,3 @@ def decode_all(paths, canvas, crop_fan, salt, workers=None):
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------- lists of files
-
-# paths: where to open; names: relative to the source, shown to the user; groups: one string per file, never split
-# between train and test; labels: strings, or None for unlabelled sources; grouped_by: how groups were found, in words;
-# closed: (folder, reason) of folders that could not be opened
-ImageList = namedtuple("ImageList", "paths names groups labels grouped_by closed")
-
-
-def list_images(sources, exclude=(), group_regex=None, labelled=False):
-    """Files of recursive folders, text lists (a path per line), CSVs (`image[,label][,group]`) or single files; one
-    source or a list of them.
-
-    A group is a patient, an examination or a clip: the CSV's `group` column, else the first capture of
-    `group_regex` in the name, else the parent folder (for a labelled folder, the path below the class). When that
-    leaves a single group, or for images directly in a class folder, each file is a group of its own.
-    With several sources, names and parent folders start with the source's name.
-    Raises ValueError with one sentence that says what is wrong and where.
-    """
-    sources = [sources] if isinstance(sources, str) else sources
-    roots, names, labels, groups, closed = [], [], [], [], []
-    for source, prefix in zip(sources, _prefixes(sources)):
-        if not os.path.exists(source):
-            raise ValueError(f"{source}: no such file or folder")
-        folder = os.path.isdir(source)
-        if os.path.exists(os.path.join(source, "pack.json")):
-            raise ValueError(f"{source} is a pack, not a source of images")
-        if folder:
-            rows = _walk(source, labelled, closed)
-        elif source.lower().endswith(IMAGE_SUFFIXES) or _is_dicom(source):
-            rows = [(os.path.basename(source), None, None)]
-        else:
-            rows = _read_list(source, labelled)
-        root = source if folder else os.path.dirname(source), prefix
-        for name, label, group in rows:
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
-                roots.append(root)
-                names.append(name)
-                labels.append(label)
-                groups.append(group)
-    if not names:
-        raise ValueError(f"{', '.join(sources)}: no images found ({', '.join(IMAGE_SUFFIXES)}, DICOM)"
-                         + (f"; excluded: {' '.join(exclude)}" if exclude else "")
-                         + "".join(f"; {name}: {reason}" for name, reason in closed[:1]))
-    paths = [os.path.join(root, name) for (root, _), name in zip(roots, names)]
-    if importlib.util.find_spec("pydicom") is None:
-        for path in filter(_is_dicom, paths):
-            raise ValueError(f"{path} is DICOM: reading it needs pydicom (pip install pydicom); or --exclude such "
-                             f"files")
-    below = names
-    names = [os.path.join(prefix, name) for (_, prefix), name in zip(roots, names)]
-    if all(groups):
-        grouped_by = "group column"
-    elif any(groups):
-        raise ValueError(f"{', '.join(sources)}: some have a group column and some have none; give all of them one")
-    elif group_regex:
-        groups, grouped_by = _regex_groups(names, group_regex), f"--group_regex {group_regex}"
-    else:
-        groups, grouped_by = [os.path.dirname(name) for name in names], "parent folder"
-        if labelled and folder:  # what lies below the class: a patient can be in several classes
-            groups = [os.sep.join(name.split(os.sep)[1:-1]) or name for name in below]
-        elif labelled and len({*groups}) == len({*zip(groups, labels)}) == len({*labels}):
-            groups = names  # a folder per class: no folder is a patient
-        if len(set(groups)) == 1 or set(groups) == set(names):
-            groups, grouped_by = names, IMAGE_GROUPS
-    return ImageList(paths, names, groups, labels if labelled else None, grouped_by, closed)
-
-
-def dicom_groups(images):
-    """An ImageList whose groups are DICOM's patients, or studies where all patients are called alike; files that name
-    neither keep their group. A group column or --group_regex goes first."""
-    if images.grouped_by not in ("parent folder", IMAGE_GROUPS) or not any(map(_is_dicom, images.paths)):
-        return images
-    files = [dicom.open_dicom(path) if _is_dicom(path) else None for path in images.paths]
-    kind = "patient" if len({file.patient for file in files if file}) > 1 else "study"
-    groups = [file and (getattr(file, kind) or file.patient or file.study) or group
-              for file, group in zip(files, images.groups)]
-    words = f"DICOM {kind}" if all(files) else f"DICOM {kind}, else {images.grouped_by}"
-    return images._replace(groups=groups, grouped_by=words)
-
-
-def _prefixes(sources):
-    """What tells names of several sources apart: the last part of their paths, or all of it where two are alike."""
-    if len(sources) == 1:
-        return [""]
-    last = [os.path.basename(os.path.abspath(source)) for source in sources]
-    whole = [os.path.abspath(source).lstrip(os.sep) for source in sources]
-    if len(set(whole)) < len(whole):
-        raise ValueError(f"a source is given twice: {' '.join(sources)}")
-    return last if len(set(last)) == len(last) else whole
-
-
-def _walk(top, labelled, closed):
-    """Yield (name, label, None) of a folder's images; links to folders are followed, but no folder is entered twice."""
-    def note(error):
-        closed.append((error.filename, error.strerror))
-
-    seen, start = set(), len(os.path.join(top, ""))
-    for parent, folders, files in os.walk(top, followlinks=True, onerror=note):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to where we came from, or to what was read already
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        for file in sorted(files):
-            suffix = os.path.splitext(file)[1].lower()
-            if file.startswith(".") or not (suffix in IMAGE_SUFFIXES or suffix in dicom.SUFFIXES or (
-                    not suffix.strip(".0123456789") and os.path.isfile(os.path.join(parent, file))
-                    and dicom.is_dicom(os.path.join(parent, file)))):
-                continue
-            name = os.path.join(parent, file)[start:]
-            if labelled and os.sep not in name:
-                raise ValueError(f"{os.path.join(parent, file)}: not in a class folder; expected "
-                                 f"{top}/CLASS/image, or a CSV with the columns image,label[,group]")
-            yield name, name.split(os.sep)[0], None
-
-
-def _read_list(path, labelled):
-    """Yield (name, label, group) of a text list's or CSV's lines; label and group are None where there is no column."""
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        first = file.readline()
-        file.seek(0)
-        # UltraDINO's train_paths_2m.csv, too, is a path per line without a header
-        if not path.lower().endswith(".csv") or ("," not in first and first.strip().strip('"') != "image"):
-            if labelled:
-                raise ValueError(f"{path}: labels need a folder per class or a .csv with the columns image,label")
-            yield from ((line.rstrip("\r\n"), None, None) for line in file if line.strip())
-            return
-        reader = csv.DictReader(file)
-        known, needed = {"image", "label", "group"}, {"image", "label"} if labelled else {"image"}
-        columns = set(reader.fieldnames or ())
-        if not needed <= columns or not columns <= known:
-            raise ValueError(f"{path}: columns are {','.join(reader.fieldnames or ())}; expected "
-                             + ("image,label[,group]" if labelled else "image[,group]"))
-        try:
-            for row in reader:
-                if any(not row.get(column) for column in columns) or None in row:
-                    raise ValueError(f"{path}, line {reader.line_num}: expected {len(columns)} filled columns, got "
-                                     f"{list(row.values())}")
-                yield row["image"], row.get("label"), row.get("group")
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}; does a quotation mark lack its end?")
-
-
-def _regex_groups(names, pattern):
-    try:
-        pattern = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--group_regex {pattern!r}: {error}")
-    groups = []
-    for name in names:
-        match = pattern.search(name)
-        if not match or not match.groups() or not match.group(1):
-            failure = "has no (capture) in" if match else "does not match"
-            raise ValueError(f"--group_regex {pattern.pattern!r} {failure} {name!r}")
-        groups.append(match.group(1))
-    return groups

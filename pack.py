@@ -33,8 +33,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data import GROUPS, INDEX, PACK_VERSION, Pack
-from images import ROW, Frame, count_frames, decode_all, list_images, measure
+from images import ROW, Frame, count_frames, decode_all, measure
 from leakage import salted
+from lists import list_images
 from phantom import phantom_images
 from selection import Holdout, choose, groups_of, list_reasons, report, size_text
 

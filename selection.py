@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 
-from images import IMAGE_GROUPS, ROW, decode_all, list_images
+from images import ROW, decode_all
 from leakage import look_alikes, near_duplicates, salted
+from lists import IMAGE_GROUPS, has_labels, list_images, read_labelled
 
 REASONS = ("", "held out (identical image)", "held out (looks like a held-out image)", "held out (group)", "in colour",
            "equal to an earlier image", "nearly equal to an earlier image of its group", "over --max_per_group")
@@ -20,17 +21,15 @@ class Holdout:
     def __init__(self, sources, group_regex, salt, workers):
         names, self.folders, paths = set(), set(), []
         for source in sources:
-            try:
-                images = list_images(source, labelled=source.lower().endswith(".csv"))  # labels tell class folders
-            except ValueError:  # no label column
-                images = list_images(source)
+            labelled = has_labels(source)  # labels tell class folders; rows of all splits are held out
+            images = read_labelled(source, by=None) if labelled else list_images(source)
             paths += images.paths
             if images.grouped_by == "group column":
                 names |= set(images.groups)
             elif group_regex:  # names are relative to the holdout here: one without a match still counts by its pixels
                 matches = [re.search(group_regex, name) for name in images.names]
                 names |= {match[1] for match in matches if match and match[1]}
-            elif images.labels is None or images.grouped_by == "parent folder":
+            elif not labelled or images.grouped_by.endswith("parent folder"):
                 self.folders |= {os.path.realpath(folder) for folder in set(map(os.path.dirname, images.paths))}
         rows = [np.zeros(0, ROW)]
         with contextlib.closing(decode_all(paths, 1, False, salt, workers)) as decoded:

@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 from record import ROOT, record  # first: it puts the project on the path
-from images import list_images
+from lists import read_labelled
 
 MASKS = ["*_Mask.png", "*_mask.png", "fmc_uia/*"]
 GROUP = r"([^/]+/[^/]+?)(?:_frame\d+|_\d*HC)?\.\w+$"  # a video of pocus, an examination of hc18, an image of busi
@@ -34,8 +34,8 @@ def hold_out(images, path, share=0.4):
 def hold_out_both(data, out):
     """Write the two hold-out lists into `out` -> {name: path}."""
     tests = {"pocus": f"{out}/pocus_test.csv", "busi": f"{out}/busi_test.csv"}
-    hold_out(list_images(f"{data}/pocus/labels.csv", labelled=True), tests["pocus"])
-    hold_out(list_images(f"{data}/busi", exclude=MASKS, labelled=True), tests["busi"])
+    hold_out(read_labelled(f"{data}/pocus/labels.csv"), tests["pocus"])
+    hold_out(read_labelled(f"{data}/busi", exclude=MASKS), tests["busi"])
     return tests
 
 

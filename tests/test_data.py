@@ -10,8 +10,8 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
-from images import list_images
 import pack
+from lists import list_images
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import signal
 import numpy as np
 import pytest
 
-import images
+import lists
 from file_tools import greys, save, save_dicom, speckle
-from images import count_frames, decode_chunk, list_images, read_frames
+from images import count_frames, decode_chunk, read_frames
+from lists import list_images, read_labelled
 
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -71,7 +72,7 @@ def test_files_that_are_listed(tmp_path):
         (src / name).write_text("no image")
     found = list_images(str(src))
     assert found.names == ["A.PNG", "b.jpeg", "c.Tif", "gone.png", "link.png"]  # what is gone is told when it is read
-    assert found.grouped_by == images.IMAGE_GROUPS
+    assert found.grouped_by == lists.IMAGE_GROUPS
     assert decode_chunk(found.paths[3:4], 0, 8, False, b"s")[2] == [(0, 0, "No such file or directory")]
 
 
@@ -204,7 +205,7 @@ def test_text_lists_keep_names_as_they_are(tmp_path):
                     (tmp_path / name).write_bytes(text)
                     found = list_images(str(tmp_path / name))
                     assert found.names == odd and found.paths == [str(tmp_path / name) for name in odd]
-    assert found.labels is None and found.grouped_by == images.IMAGE_GROUPS
+    assert found.grouped_by == lists.IMAGE_GROUPS
     assert found.groups == odd
 
 
@@ -224,18 +225,19 @@ def test_csv_names_with_newlines(tmp_path, quoting, columns):
     for source in (path, str(tmp_path / "bom.csv")):
         found = list_images(source)
         assert found.names == odd and found.paths == [str(tmp_path / name) for name in odd]
-        assert found.groups == ([f"group\n{name}" for name in odd] if len(columns) == 2 else odd)
+        assert found.groups == ([f"group\n{name}".strip() for name in odd] if len(columns) == 2 else odd)
 
 
-@pytest.mark.parametrize("text, line, got", [
-    ('image,group\na.png,1\nb.png\n', 3, r"\['b.png', None\]"),
-    ('image,group\r\n"a\nb.png",1\r\n\r\nc.png,\r\n', 5, r"\['c.png', ''\]"),
-    ('image,group\n,1\n', 2, r"\['', '1'\]"),
-    ('image,group\na.png,1,2\n', 2, r"\['a.png', '1', \['2'\]\]"),
+@pytest.mark.parametrize("text, line, complaint", [
+    ('image,group\na.png,1\nb.png\n', 3, r"expected 2 columns, got \['b.png'\]"),
+    ('image,group\r\n"a\nb.png",1\r\n\r\nc.png,\r\n', 5, r"no group in \['c.png', ''\]"),
+    ('image,group\n,1\n', 2, r"no image in \['', '1'\]"),
+    ('image,label,group\na.png,x,\n', 2, "no group in"),
+    ('image,group\na.png,1,2\n', 2, r"expected 2 columns, got \['a.png', '1', '2'\]"),
 ])
-def test_csv_errors_name_the_line(tmp_path, text, line, got):
+def test_csv_errors_name_the_line(tmp_path, text, line, complaint):
     (tmp_path / "a.csv").write_bytes(text.encode())
-    with pytest.raises(ValueError, match=f"a.csv, line {line}: expected 2 filled columns, got {got}"):
+    with pytest.raises(ValueError, match=f"a.csv, line {line}: {complaint}"):
         list_images(str(tmp_path / "a.csv"))
 
 
@@ -245,15 +247,16 @@ def test_a_quote_that_never_ends_is_a_sentence(tmp_path):
         list_images(str(tmp_path / "a.csv"))
 
 
-@pytest.mark.parametrize("text, labelled, complaint", [
-    ("picture,group\na.png,1\n", False, r"columns are picture,group; expected image\[,group\]"),
-    ("image,group\na.png,1\n", True, r"columns are image,group; expected image,label\[,group\]"),
-    ("image,side\na.png,1\n", False, "columns are image,side"),
-    ("a.png\nb.png\n", True, "labels need a folder per class or a .csv"),
-    ("", False, "no images found"),
-    ("image,group\n", False, "no images found"),
+@pytest.mark.parametrize("text, read, complaint", [
+    ("picture,group\na.png,1\n", list_images, r"columns are picture,group; expected image\[,group\]"),
+    ("image,group,image\na.png,1,2\n", list_images, "columns are image,group,image; each must be there once"),
+    ("image,group\na.png,1\n", read_labelled, r"columns are image,group; expected image,label\[,group\]"),
+    ("image,side\na.png,1\n", list_images, "columns are image,side"),
+    ("a.png\nb.png\n", read_labelled, "labels need a folder per class or a .csv"),
+    ("", list_images, "no images found"),
+    ("image,group\n", list_images, "no images found"),
 ])
-def test_lists_that_are_refused(tmp_path, text, labelled, complaint):
+def test_lists_that_are_refused(tmp_path, text, read, complaint):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=complaint):
-        list_images(str(tmp_path / "a.csv"), labelled=labelled)
+        read(str(tmp_path / "a.csv"))

@@ -10,7 +10,8 @@ from test_pack import make, names, save, skipped, speckle, write_csv
 
 import leakage
 import selection
-from images import dicom_groups, list_images, resize_square
+from images import resize_square
+from lists import dicom_groups, read_labelled
 from phantom import phantom_images
 
 
@@ -225,11 +226,49 @@ def test_labelled_dicom_is_grouped_by_patient(tmp_path, frames):
     for number in range(4):
         save_dicom(tmp_path / "set" / "ab"[number % 2] / f"{number}.dcm", frames[number:number + 1], f"P{number // 2}", "1.1")
     save(tmp_path / "set" / "a" / "plain.png", frames[4])
-    listed = list_images(str(tmp_path / "set"), labelled=True)
-    assert len(set(listed.groups)) == 5
-    found = dicom_groups(listed)
+    found = read_labelled(str(tmp_path / "set"))
     assert dict(zip(found.names, found.groups)) == {"a/0.dcm": "P0", "b/1.dcm": "P0", "a/2.dcm": "P1", "b/3.dcm": "P1",
                                                     "a/plain.png": "a/plain.png"}
     assert found.grouped_by.startswith("DICOM patient, else image")
-    named = list_images(str(tmp_path / "set"), group_regex=r"(\d|plain)", labelled=True)
-    assert dicom_groups(named) is named
+    named = read_labelled(str(tmp_path / "set"), group_regex=r"(\d|plain)")
+    assert named.groups == ["0", "2", "plain", "1", "3"] and dicom_groups(named) is named
+
+
+# ---------------------------------------------------------------- labelled sets as hold-outs
+
+def test_every_split_of_a_labelled_csv_is_held_out_whatever_columns_it_has(tmp_path, frames):
+    for number in range(4):
+        save(tmp_path / "src" / f"{number}.png", frames[number])
+        save(tmp_path / "test" / f"{number}.bmp", frames[number])
+    write_csv(tmp_path / "src" / "source.csv", ("image", "group"), *((f"{n}.png", f"g{n}") for n in range(4)))
+    rows = [("0.bmp", "a", "train", "Aloka"), ("1.bmp", "a", "val", ""), ("2.bmp", "a", "test", "Voluson")]
+    write_csv(tmp_path / "test" / "test.csv", ("image", "label", "split", "machine"), *rows)
+    made, _ = make(tmp_path / "src" / "source.csv", tmp_path / "out", holdout=[str(tmp_path / "test" / "test.csv")])
+    assert names(made) == ["3.png"] and set(skipped(made).values()) == {"held out (identical image)"}
+
+
+@pytest.mark.parametrize("what", ["", "FETAL_PLANES_DB_data.csv"])
+def test_fetal_planes_is_held_out_by_patient(tmp_path, frames, what):
+    header = "Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train \n"
+    rows = "Patient00007_Plane1_1_of_2;7;Other;Not A Brain;Op. 1;Aloka;1\n"
+    rows += "Patient00008_Plane1_1_of_1;8;Other;Other;;;0\n"
+    save(tmp_path / "db" / "Images" / "Patient00007_Plane1_1_of_2.png", frames[0])
+    save(tmp_path / "db" / "Images" / "Patient00008_Plane1_1_of_1.png", frames[1])
+    (tmp_path / "db" / "FETAL_PLANES_DB_data.csv").write_text(header + rows)
+    save(tmp_path / "src" / "7" / "a.png", frames[2])  # nobody's patient 7
+    save(tmp_path / "src" / "x" / "Patient00007_more.png", frames[3])  # the set's
+    save(tmp_path / "src" / "x" / "Patient00009_copy.png", frames[1])
+    made, _ = make(tmp_path / "src", tmp_path / "by_folder", holdout=[str(tmp_path / "db" / what)])
+    assert names(made) == ["7/a.png", "x/Patient00007_more.png"]
+    made, _ = make(tmp_path / "src", tmp_path / "by_name", holdout=[str(tmp_path / "db" / what)],
+                   group_regex=r"(Patient\d+|\d+/)")
+    assert names(made) == ["7/a.png"] and made.info["held_out_groups"] == 2
+
+
+def test_class_folders_of_a_labelled_csv_with_splits_are_not_held_out_whole(tmp_path, frames):
+    for number in range(4):
+        save(tmp_path / "src" / "sick" / f"{number}.png", frames[number])
+    write_csv(tmp_path / "src" / "test.csv", ("image", "label", "split"), ("sick/0.png", "sick", "test"),
+              ("sick/1.png", "sick", "train"))
+    made, _ = make(tmp_path / "src", tmp_path / "out", holdout=[str(tmp_path / "src" / "test.csv")])
+    assert names(made) == ["sick/2.png", "sick/3.png"]

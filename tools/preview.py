@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 import pretrain
 import runtime
 from data import Pack, PretrainBatches, to_device
-from images import count_frames, decode_chunk, list_images, read_frames
+from images import count_frames, decode_chunk, read_frames
+from lists import list_images
 from phantom import phantom_images
 from tools.dry_run import Frames
 
