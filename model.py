@@ -1,23 +1,25 @@
-"""The vision transformer of DINOv2, its projection head, and their learning rates.
+"""The vision transformer of DINOv2 and DINOv3, its projection head, and their learning rates.
 
 State-dict keys, constructor keywords and results are those of facebookresearch/dinov2, so official weights load
 strictly and ours load elsewhere. Differences, all invisible from outside: tokens of every crop size go through the
-linear layers as one packed (T, C) matrix, and drop path gets its random indices from the caller.
+linear layers as one packed (T, C) matrix, and drop path gets its random indices from the caller. The block is in
+layers.py; families.py renames the keys of others, DINOv3's among them.
 
 B images, N tokens of an image (cls, registers, patches), T = sum of B * N over crop sizes, C width, H heads,
 D head dim, P patches, K prototypes; an image is (B, in_chans, h, w).
 """
 
 import math
+import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
+from layers import Block, PatchEmbed, init_linear
 
 SIZES = {
     "vit_micro": dict(embed_dim=128, depth=4, num_heads=4),  # the CPU preset's, for trying things
@@ -31,215 +33,47 @@ SIZES = {
 
 # ---------------------------------------------------------------- transformer
 
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size, in_chans, embed_dim):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
-
-    def forward(self, x):
-        # the convolution as a matrix product, whose gradient is deterministic on a GPU (cuDNN's need not be)
-        p = self.proj.kernel_size[0]
-        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, in_chans, p, p)
-        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, P, C)
-
-
-class Normalize(torch.autograd.Function):
-    """LayerNorm before its weight and bias. All it keeps is its output, which the next linear layer keeps as well."""
-
-    @staticmethod
-    def forward(ctx, x, eps, dtype):
-        y, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        y = y.to(dtype)
-        ctx.save_for_backward(y, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        y, rstd = ctx.saved_tensors
-        y, grad = y.to(rstd.dtype), grad.to(rstd.dtype)
-        grad, _, _ = torch.ops.aten.native_layer_norm_backward(  # of an input y, whose mean is 0 and rstd 1
-            grad, y, y.shape[-1:], torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False])
-        return grad * rstd, None, None
-
-
-class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x)). It keeps x alone: GELU, the widest matrix of a block, is computed again in backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(grad @ weight, x), grad.T @ F.gelu(x), grad.sum(0)
-
-
-def autocast_dtype(x):
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def normalize(x, norm):
-    return Normalize.apply(x, norm.eps, autocast_dtype(x))
-
-
-def folded(linear, dtype, norm=None, scale=None):
-    """Weight and bias of scale(linear(norm(x))) for an x that is normalised already.
-
-    LayerNorm's weight and bias and LayerScale are products with small matrices here, not passes over all tokens, and
-    their gradients need no tokens kept: they come from the gradient of the folded weight.
-    """
-    weight, bias = linear.weight, linear.bias
-    if norm is not None:
-        weight, bias = weight * norm.weight, bias + (weight * norm.bias).sum(1)
-    if scale is not None:
-        weight, bias = weight * scale.gamma[:, None], bias * scale.gamma
-    return weight.to(dtype), bias.to(dtype)
-
-
-class Attention(nn.Module):
-    """The weights of attention; Block.forward uses them."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x, norm, scale):
-        x = F.linear(x, *folded(self.fc1, x.dtype, norm=norm))  # (T, hidden)
-        return GeluLinear.apply(x, *folded(self.fc2, x.dtype, scale=scale))  # (T, C)
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        hidden_dim = (int(hidden_dim * 2 / 3) + 7) // 8 * 8  # as many parameters as the MLP, in multiples of 8
-        self.w12 = nn.Linear(dim, 2 * hidden_dim)
-        self.w3 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x, norm, scale):
-        gate, value = F.linear(x, *folded(self.w12, x.dtype, norm=norm)).chunk(2, dim=-1)  # (T, hidden) each
-        return F.linear(F.silu(gate) * value, *folded(self.w3, x.dtype, scale=scale))
-
-
-FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": SwiGLU}  # DINOv2's names
-
-
-class LayerScale(nn.Module):
-    def __init__(self, dim, init_values):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
-
-
-class KeepRows(torch.autograd.Function):
-    """x[rows]. rows are distinct, so backward is a gather by their inverse too: no atomic additions into zeros."""
-
-    @staticmethod
-    def forward(ctx, x, rows, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, rows)  # (kept, C)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        inverse, = ctx.saved_tensors
-        return torch.where(inverse[:, None] >= 0, grad.index_select(0, inverse.clamp(min=0)), 0.0), None, None
-
-
-class AddRows(torch.autograd.Function):
-    """x + scale * residual where a row was kept, x elsewhere; scale (T, 1) is 0 there."""
-
-    @staticmethod
-    def forward(ctx, x, residual, rows, inverse, scale):
-        ctx.save_for_backward(rows, scale)
-        ctx.dtype = residual.dtype
-        return torch.addcmul(x, residual.index_select(0, inverse.clamp(min=0)).to(x.dtype), scale)  # (T, C), like x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        rows, scale = ctx.saved_tensors
-        return grad, (grad.index_select(0, rows) * scale.index_select(0, rows)).to(ctx.dtype), None, None, None
-
-
-def keep_images(x, shapes, drop):
-    """The tokens (kept, C) that a residual branch works on, and their shapes: all, or those of a random subset of images.
-
-    Stochastic depth as DINOv2 does it: each crop size keeps a share of its images, the residual is scaled by
-    images / kept, and the dropped images cost nothing. drop = (rows, inverse, scale, kept_shapes), or None.
-    """
-    return (x, shapes) if drop is None else (KeepRows.apply(x, *drop[:2]), drop[3])
-
-
-def add_residual(x, residual, drop):
-    """x + residual. x stays float32 whatever the branch computed in: at a LayerScale of 1e-5 bf16 would lose it all."""
-    return x + residual if drop is None else AddRows.apply(x, residual, *drop[:3])
-
-
-class Block(nn.Module):
-    def __init__(self, dim, num_heads, mlp_ratio, ffn_layer, init_values):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim, init_values) if init_values else None
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio))
-        self.ls2 = LayerScale(dim, init_values) if init_values else None
-        self.attend = attention
-
-    def forward(self, x, shapes, drops=(None, None)):
-        y, kept_shapes = keep_images(x, shapes, drops[0])  # (kept tokens, C)
-        y = normalize(y, self.norm1)
-        y = F.linear(y, *folded(self.attn.qkv, y.dtype, norm=self.norm1))  # (kept tokens, 3C)
-        y = self.attend(y, kept_shapes, self.attn.num_heads)
-        x = add_residual(x, F.linear(y, *folded(self.attn.proj, y.dtype, scale=self.ls1)), drops[0])  # (T, C)
-        y, _ = keep_images(x, shapes, drops[1])
-        return add_residual(x, self.mlp(normalize(y, self.norm2), self.norm2, self.ls2), drops[1])
-
-
 class VisionTransformer(nn.Module):
     """DINOv2's ViT. `drop_path_rate` is the same for every block (DINOv2's drop_path_uniform, UltraDINO's choice).
 
     `init_std` of the linear layers is DINOv2's 0.02; networks much narrower than its start faster near width ** -0.5.
+    DINOv3's ViT has pos="rope" (queries and keys of patches turn by their place, nothing is learned), norm_eps=1e-5 and
+    mask_k_bias=True; `rope_dtype` is what its periods are rounded to: official files hold them in bfloat16.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
                  ffn_layer="mlp", num_register_tokens=0, drop_path_rate=0.0, init_values=1e-5,
-                 interpolate_offset=0.1, interpolate_antialias=False, init_std=0.02):
+                 interpolate_offset=0.1, interpolate_antialias=False, init_std=0.02, pos="learned", norm_eps=1e-6,
+                 mask_k_bias=False, rope_dtype="float32"):
         super().__init__()
+        if pos not in ("learned", "rope"):
+            raise ValueError(f"pos is {pos!r}: learned (DINOv2) or rope (DINOv3)")
         self.embed_dim, self.patch_size, self.in_chans = embed_dim, patch_size, in_chans
         self.num_heads, self.num_register_tokens, self.drop_path_rate = num_heads, num_register_tokens, drop_path_rate
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
+        self.pos, self.rope_dtype = pos, rope_dtype
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        if pos == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         if num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, ffn_layer, init_values) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            Block(embed_dim, num_heads, mlp_ratio, ffn_layer, init_values, norm_eps, mask_k_bias) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.checkpoint_activations = False  # True: backward computes each block again instead of remembering it
         self._resize = {}  # (grid, device, dtype) -> matrix that interpolates pos_embed, see position_matrix
+        self._rope = {}  # (grid, device) -> cos and sin, see rope_table
         self.init_weights(init_std)
 
     def init_weights(self, init_std):
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.pos == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        token_std = 1e-6 if self.pos == "learned" else 0.02  # DINOv2's, DINOv3's
+        nn.init.normal_(self.cls_token, std=token_std)
         if self.num_register_tokens:
-            nn.init.normal_(self.register_tokens, std=1e-6)
+            nn.init.normal_(self.register_tokens, std=token_std)
         init_linear(self.blocks, init_std)  # the patch projection keeps nn.Conv2d's own initialisation
 
     def positions(self, grid):
@@ -255,6 +89,21 @@ class VisionTransformer(nn.Module):
             patches = self._resize[key] @ self.pos_embed[0, 1:]  # (P, C)
         return torch.cat((self.pos_embed[:, :1], patches[None]), dim=1)
 
+    def turns(self, crops):
+        """What kernels.attention takes as `rope`: (cos, sin) of each crop group; None if positions are learned."""
+        if self.pos == "learned":
+            return None
+        tables = []
+        for x in crops:
+            key = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size), self.cls_token.device
+            if key not in self._rope:
+                table = rope_table(key[0], self.embed_dim // self.num_heads, self.rope_dtype)
+                still = table.new_zeros(1 + self.num_register_tokens, table.shape[1])  # cls, registers have no place
+                angles = torch.cat((still, table))  # (N, D/2)
+                self._rope[key] = angles.cos().to(key[1], torch.float32), angles.sin().to(key[1], torch.float32)
+            tables.append(self._rope[key])
+        return tables
+
     def prepare_tokens(self, x, masks=None):
         """(B, in_chans, h, w), masks (B, P) bool or None -> (B, N, C): cls, registers, patches."""
         B, _, h, w = x.shape
@@ -265,7 +114,8 @@ class VisionTransformer(nn.Module):
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)
-        x = x + self.positions((h // self.patch_size, w // self.patch_size))
+        if self.pos == "learned":
+            x = x + self.positions((h // self.patch_size, w // self.patch_size))
         if self.num_register_tokens:  # registers come after the positions are added: they have none
             x = torch.cat((x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]), dim=1)
         return x
@@ -285,12 +135,13 @@ class VisionTransformer(nn.Module):
             return self.forward_features([x], [masks], drops)[0]
         masks = masks or [None] * len(x)
         packed, shapes = self.pack(x, masks)  # (T, C)
+        rope = self.turns(x)
         for i, block in enumerate(self.blocks):
             drop = drops[2 * i:2 * i + 2] if drops else (None, None)
             if self.checkpoint_activations and torch.is_grad_enabled():  # nothing random happens in a block
-                packed = checkpoint(block, packed, shapes, drop, use_reentrant=False, preserve_rng_state=False)
+                packed = checkpoint(block, packed, shapes, drop, rope, use_reentrant=False, preserve_rng_state=False)
             else:
-                packed = block(packed, shapes, drop)
+                packed = block(packed, shapes, drop, rope)
         sizes, R = [B * N for B, N in shapes], self.num_register_tokens
         outputs = []
         for shape, mask, prenorm, normed in zip(shapes, masks, packed.split(sizes), self.norm(packed).split(sizes)):
@@ -312,7 +163,7 @@ class VisionTransformer(nn.Module):
         if not self.drop_path_rate:
             return None
         branches, device, first_row, first_kept, rows, inverse, scale, kept_shapes = (
-            2 * len(self.blocks), self.pos_embed.device, 0, 0, [], [], [], [])
+            2 * len(self.blocks), self.cls_token.device, 0, 0, [], [], [], [])
         for B, N in shapes:
             kept = min(B, max(int(B * (1 - self.drop_path_rate)), 1))
             chosen = np.sort(rng.random((branches, B)).argsort(axis=1)[:, :kept], axis=1)  # (branches, kept)
@@ -341,9 +192,9 @@ class VisionTransformer(nn.Module):
         """
         wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
         packed, shapes = self.pack([x], [None])
-        outputs = []
+        rope, outputs = self.turns([x]), []
         for i, block in enumerate(self.blocks):
-            packed = block(packed, shapes)
+            packed = block(packed, shapes, rope=rope)
             if i in wanted:
                 tokens = (self.norm(packed) if norm else packed).view(*shapes[0], self.embed_dim)  # (B, N, C)
                 patches, cls = tokens[:, 1 + self.num_register_tokens:], tokens[:, 0]
@@ -358,13 +209,6 @@ def to_device(array, device):
     """A numpy array as a tensor there; through pinned memory, so that the CPU does not wait for a GPU."""
     x = torch.from_numpy(array)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
-def init_linear(module, std):
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
 
 
 def position_matrix(side, grid, offset=0.0, antialias=False):
@@ -382,6 +226,22 @@ def position_matrix(side, grid, offset=0.0, antialias=False):
     if maps.shape[2:] != grid:
         raise ValueError(f"positions of {side}x{side} patches cannot be interpolated to {grid}")
     return maps[0].flatten(1).T.contiguous()
+
+
+def rope_periods(head_dim, dtype="float32"):
+    """DINOv3's periods 100^(4i / D) of i = 0 .. D/4 - 1, rounded to `dtype`: float64 (D/4,)."""
+    periods = 100 ** (torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+    return periods.to(getattr(torch, dtype)).double()
+
+
+def rope_table(grid, head_dim, dtype="float32"):
+    """float64 angles (P, D/2) by which DINOv3 turns the halves of queries and keys: of the row, then of the column.
+
+    A patch's centre has coordinates -1 .. 1 across the image; its angles are 2 pi coordinate / period.
+    """
+    row, column = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in grid]
+    places = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1)  # (rows, columns, 2)
+    return (2 * torch.pi * places[..., None] / rope_periods(head_dim, dtype)).flatten(2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- projection head
@@ -430,12 +290,15 @@ PATCH_EMBED_LR_MULT = 0.2  # DINOv2's, on top of the layer-wise decay
 
 
 def parameter_groups(network, layerwise_decay):
-    """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale."""
+    """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale.
+
+    A network around timm's model says backbone.model.blocks.
+    """
     depth, groups = len(network.backbone.blocks), {}
     for name, parameter in network.named_parameters():
         layer = depth + 1  # heads and the final norm
-        if name.startswith("backbone.blocks."):
-            layer = 1 + int(name.split(".")[2])
+        if block := re.match(r"backbone\.(?:model\.)?blocks\.(\d+)\.", name):
+            layer = 1 + int(block[1])
         elif any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
             layer = 0
         lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (PATCH_EMBED_LR_MULT if "patch_embed" in name else 1)

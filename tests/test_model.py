@@ -1,4 +1,4 @@
-"""The transformer's promises beyond the golden numbers: sizes, keys, drop path, and loading that cannot go half wrong."""
+"""The transformer's promises beyond the golden numbers: sizes, keys, the block as a formula, drop path."""
 
 import copy
 
@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-import model
-import runtime
+import layers
 from model import SIZES, DINOHead, VisionTransformer
-from weights import ULTRADINO_MEAN_STD, load_backbone, load_strict
 
 TINY = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=64, depth=2, num_heads=1, num_register_tokens=4)
 
@@ -37,8 +35,8 @@ def test_giant2_has_dinov2s_swiglu():
 
 
 def test_swiglu_formula():
-    ffn, x = model.SwiGLU(8, 32), torch.randn(5, 8)
-    norm, scale = random_norm(8), model.LayerScale(8, 0.3)
+    ffn, x = layers.SwiGLU(8, 32), torch.randn(5, 8)
+    norm, scale = random_norm(8), layers.LayerScale(8, 0.3)
     first, second = ffn.w12(norm(x)).chunk(2, dim=1)
     assert torch.allclose(ffn(F.layer_norm(x, (8,), eps=1e-6), norm, scale), ffn.w3(first * torch.sigmoid(first) * second) * 0.3, atol=1e-6)
 
@@ -61,7 +59,7 @@ def block_formula(block, y, shapes):
 @pytest.mark.parametrize("init_values", [0.3, None])
 def test_block_is_the_formula(init_values):
     """Output and every gradient, in float64: folded norms and LayerScale, GELU computed again."""
-    block = model.Block(32, 2, 4, "mlp", init_values).double()
+    block = layers.Block(32, 2, 4, "mlp", init_values).double()
     for p in block.parameters():
         p.data.normal_(std=0.5)
     x, dout = torch.randn(2 * 9, 32).double().requires_grad_(), torch.randn(18, 32).double()
@@ -77,7 +75,7 @@ def test_block_is_the_formula(init_values):
 
 def test_block_in_half_precision_is_as_exact_as_autocast():
     """Under autocast, against float64: errors like the formula's (1.3 times at most), which keeps more, folds nothing."""
-    block = model.Block(64, 2, 4, "mlp", 0.5)
+    block = layers.Block(64, 2, 4, "mlp", 0.5)
     for name, p in block.named_parameters():
         p.data.normal_(std=0.3 if "norm" in name else 0.1)
         if "norm" in name and name.endswith("weight"):
@@ -165,99 +163,3 @@ def test_drop_path_draws_differ_by_branch_and_rng_only():
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, other))
     assert len({tuple(rows.tolist()) for rows, *_ in first}) == 4
     assert VisionTransformer(**TINY).draw_drop_path([(16, 21)], np.random.default_rng(0)) is None
-
-
-# ---------------------------------------------------------------- loading
-
-def saved(tmp_path, checkpoint):
-    path = str(tmp_path / "file.pt")
-    runtime.save_checkpoint(path, checkpoint)
-    return path
-
-
-def same_features(a, b, channels=1):
-    x = torch.randn(2, channels, 32, 32)
-    return torch.equal(a.eval()(x), b.eval()(x))
-
-
-@pytest.mark.parametrize("layout", ["ours", "ultradino teacher", "ultradino full", "dinov2", "chunked"])
-def test_layouts_load(tmp_path, layout):
-    config = dict(TINY, in_chans=3 if layout == "dinov2" else 1)
-    vit = VisionTransformer(**config)
-    state = vit.state_dict()
-    teacher = {**{f"backbone.{key}": value for key, value in state.items()}, "dino_head.mlp.0.weight": torch.zeros(3, 3)}
-    checkpoint = {
-        "ours": {"teacher": teacher, "config": config, "mean": 0.3, "std": 0.2, "seen": {"content": torch.zeros(2, dtype=torch.uint64)}},
-        "ultradino teacher": {"teacher": teacher},
-        "ultradino full": {"model": {**{f"teacher.{key}": value for key, value in teacher.items()},
-                                     "student.backbone.cls_token": torch.zeros(1), "dino_loss.center": torch.zeros(1)}},
-        "dinov2": state,
-        "chunked": {"teacher": {f"backbone.{key.replace('blocks.', 'blocks.0.')}": value for key, value in state.items()}},
-    }[layout]
-    loaded, info = load_backbone(saved(tmp_path, checkpoint))
-    if layout == "dinov2":  # its files with registers interpolate to exact sizes, antialiased
-        assert loaded.interpolate_offset == 0 and loaded.interpolate_antialias and len(info["mean"]) == 3
-    else:
-        assert info["mean"] == (0.3 if layout == "ours" else ULTRADINO_MEAN_STD[0])
-    assert info["img_size"] == 32 and same_features(loaded, vit, config["in_chans"])
-    assert (info["seen"] is not None) == (layout == "ours")
-
-
-def test_giant_layout_is_inferred(tmp_path):
-    vit = VisionTransformer(**{**TINY, "ffn_layer": "swiglu", "init_values": None, "num_register_tokens": 0})
-    assert same_features(load_backbone(saved(tmp_path, vit.state_dict()))[0], vit)
-
-
-@pytest.mark.parametrize("change, says", [
-    (lambda state: state.pop("norm.weight"), "missing norm.weight"),
-    (lambda state: state.update(extra=torch.zeros(1)), "left over extra"),
-    (lambda state: state.update({"norm.bias": torch.zeros(3)}), r"norm.bias is \(3,\), the model has \(64,\)")])
-def test_anything_missing_or_left_over_raises(change, says):
-    state = VisionTransformer(**TINY).state_dict()
-    change(state)
-    with pytest.raises(ValueError, match=says):
-        load_strict(VisionTransformer(**TINY), state, "file.pt")
-
-
-def test_only_positions_are_resized():
-    small, large = VisionTransformer(**TINY), VisionTransformer(**{**TINY, "img_size": 64})
-    load_strict(large, small.state_dict(), "file.pt")
-    assert torch.equal(large.pos_embed[:, 0], small.pos_embed[:, 0])
-    down = torch.nn.functional.avg_pool2d(large.pos_embed[0, 1:].T.view(64, 8, 8), 2).flatten(1).T
-    assert torch.corrcoef(torch.stack((down.flatten(), small.pos_embed[0, 1:].detach().flatten())))[0, 1] > 0.9
-    with pytest.raises(ValueError, match="patch_embed.proj.weight"):
-        load_strict(VisionTransformer(**{**TINY, "patch_size": 4}), small.state_dict(), "file.pt")
-
-
-def test_files_that_are_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        load_backbone(str(tmp_path / "none.pt"))
-    text = tmp_path / "text.pt"
-    text.write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="text.pt: damaged, or not a checkpoint"):
-        load_backbone(str(text))
-    with pytest.raises(ValueError, match="no DINOv2 backbone in this file"):
-        load_backbone(saved(tmp_path, {"weights": torch.zeros(3)}))
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
-    path = saved(tmp_path, VisionTransformer(**TINY).state_dict())
-    content = bytearray(open(path, "rb").read())
-    if damage == "flip":
-        weight = torch.load(path)["blocks.0.mlp.fc1.weight"].numpy().tobytes()
-        content[content.index(weight[:64]) + 1] ^= 1  # one bit of one weight
-    else:
-        del content[len(content) * 2 // 3:]
-    open(path, "wb").write(content)
-    with pytest.raises(ValueError, match="damaged"):
-        runtime.load_checkpoint(path)
-
-
-def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    path = saved(tmp_path, {"step": 1})
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError):
-        runtime.save_checkpoint(path, {"step": 2})
-    monkeypatch.undo()
-    assert runtime.load_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["file.pt"]

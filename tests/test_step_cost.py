@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import kernels
 import pretrain
-from model import AddRows, KeepRows, VisionTransformer
+from layers import AddRows, KeepRows
+from model import VisionTransformer
 from tools import dry_run
 
 SMALL = ["--preset", "cpu", "--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8",
