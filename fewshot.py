@@ -1,64 +1,95 @@
-"""Few-shot test of a frozen backbone: how much do k labelled images per class teach, using its features as they are?
+"""Few-shot test: how much do k labelled images per class teach a pretrained backbone, frozen or fine-tuned?
 
-Three feature sets (the checkpoint, the same network at random initialisation, raw pixels) meet three classifiers on the
-same episodes. An episode draws k support images per class, from k patients where there are that many, and is scored on
-every image of all other patients. Beyond both papers: they report fine-tuning only.
+Each checkpoint, a network at random initialisation and raw pixels meet the same classifiers on the same episodes. An
+episode draws k support images per class, from k patients where there are that many, and is scored on every image of all
+other patients. Beyond both papers: they report fine-tuning on whole training sets only.
 
     python fewshot.py                                     # last.pt on phantom planes, a smoke test
     python fewshot.py --ckpt last.pt --shots 5
     python fewshot.py --data DATA/labels.csv --exclude '*_mask.png' --shots 1 5 20
+    python fewshot.py --data DATA/labels.csv --ckpt ours=last.pt dinov2_vitb14_reg4_pretrain.pth --classifiers linear
+    python fewshot.py --data DATA/labels.csv --outside_fan  # is the label told by text and callipers?
 """
 
 import argparse
-import concurrent.futures
-import hashlib
-import json
+import collections
+import copy
 import os
 import sys
 
 import numpy as np
-import PIL
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+import classifier
 import phantom
-from images import Frame, dicom_groups, list_images, load_frame, resize_square
-from leakage import WORDS, content_hash, overlap, perceptual_hash
+from baselines import (DEFAULT_SIZE, Model, add_arguments, check_names, common_network, list_models, named_files,
+                       open_backbone, own_size)
+from exchange import read_features
+from features import Images, cached_features, few_shot_vector, outside_fans, read_image
+from images import Frame
+from leakage import overlap
+from lists import SPLITS, LabelledSet, read_labelled
 from metrics import balanced_accuracy, bootstrap, group_confusion, interval, macro_f1, resampling_weights
-from model import VisionTransformer
-from runtime import clear_errors, git_commit, setup
-from weights import load_backbone
+from plots import curves_png
+from probes import linear_probe, logistic_regression, nearest_mean, nearest_neighbours
+from report import check_output, shorten, write_json
+from runtime import clear_errors, cosine_schedule, setup
 
+SCRIPT = "fewshot.py"
 SCORES = {"balanced accuracy": balanced_accuracy, "macro F1": macro_f1}
+CLASSIFIERS = {"nearest_mean": "nearest mean", "knn": "k-NN", "logreg": "logreg", "linear": "linear probe",
+               "finetune": "fine-tuned"}  # words of --classifiers: what tables call them
 PHANTOM_SEED, PHANTOM_IMAGES = 1_000_000, 1200  # pretraining draws its phantoms from --seed: no image is in both
 PIXELS_SIDE = 64  # of the pixel baseline; more is slower and no better
+# of fine-tuning, as finetune_cls.py's; there is no validation set to choose an epoch by: the last step's weights count
+RECIPE, FINETUNE_BATCH = dict(weight_decay=0.01, augment=True, mixup=0.8, cutmix=1.0, smoothing=0.1), 32
+
+# a file of --ckpt; path: None where it is random; size: of its images; info: as weights.py tells
+File = collections.namedtuple("File", "path backbone info size")
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     # test set
-    add("--data", help="folder with a folder per class, or CSV image,label[,group]; default: phantom planes")
+    add("--data", help="folder with a folder per class, CSV image,label[,group][,split], or FETAL_PLANES_DB as "
+        "downloaded; all its splits together, but for --split; default: phantom planes")
+    add("--split", choices=SPLITS, help="draw support and query from this split only")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
     add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
+    add("--outside_fan", action=argparse.BooleanOptionalAction, default=False,
+        help="show only what lies outside the ultrasound fan: a score above chance is text, callipers, layout")
     # features
-    add("--ckpt", default="last.pt", help="last.pt of pretrain.py, a DINOv2 or an UltraDINO file")
-    add("--img_size", type=int, help="side the images are resized to; default: what the checkpoint was trained at")
+    add_arguments(parser)
     add("--batch_size", type=int, default=64, help="images per forward pass; lower it when memory runs out")
     # protocol
     add("--shots", type=int, nargs="+", default=[1, 5], metavar="N", help="support images per class")
     add("--episodes", type=int, default=100, help="support draws per number of shots; more narrow the interval")
+    add("--classifiers", nargs="+", choices=CLASSIFIERS, default=["nearest_mean", "knn", "logreg"], metavar="NAME",
+        help="of nearest_mean, knn, logreg, linear (logreg on the best of DINOv2's four inputs, chosen with C on each "
+        "support set), finetune (the whole network on each support set); default: the first three")
     add("--C", type=inverse_penalty, default=1.0, metavar="C",
-        help="logistic regression's inverse L2 penalty, or 'support': cross-validated on each support set")
-    add("--seed", type=int, default=0, help="of episodes, random initialisation and bootstrap")
+        help="logreg's inverse L2 penalty, or 'support': cross-validated on each support set")
+    add("--finetune_steps", type=int, default=100, help="of finetune, the same for all models")
+    add("--finetune_episodes", type=int, default=10, help="finetune sees the first ones only: each trains a network")
+    add("--lr", type=float, default=1e-4, help="finetune's learning rate of the head and the last block")
+    add("--layer_decay", type=float, default=0.65, help="finetune's rate factor per block towards the input; 1 from "
+        "random initialisation")
+    add("--seed", type=int, default=0, help="of episodes, random initialisation, fine-tuning and bootstrap")
     add("--json", default="fewshot.json", help="where all numbers go beside the table")
+    add("--png", help="accuracy against several shots, a picture per classifier, named after it; default beside --json")
+    parser.set_defaults(ckpt=["last.pt"])
     args = parser.parse_args(argv)
-    if min(args.shots + [args.episodes, args.batch_size, args.img_size or 1, args.seed + 1]) < 1:
-        parser.error("--shots, --episodes, --batch_size and --img_size must be at least 1, --seed at least 0")
-    if args.data is None and (args.exclude or args.group_regex):
-        parser.error("--exclude and --group_regex need --data: the phantom planes have no file names")
-    args.shots = list(dict.fromkeys(args.shots))
+    for name in ("shots", "episodes", "batch_size", "img_size", "finetune_steps", "finetune_episodes"):
+        if min(np.atleast_1d(1 if getattr(args, name) is None else getattr(args, name))) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.seed < 0 or args.lr <= 0 or args.layer_decay <= 0:
+        parser.error("--seed must be at least 0, --lr and --layer_decay above 0")
+    if args.data is None and (args.exclude or args.group_regex or args.split):
+        parser.error("--exclude, --group_regex and --split need --data: the phantom planes have no file names")
+    args.shots, args.classifiers = (list(dict.fromkeys(given)) for given in (args.shots, args.classifiers))
+    args.png = args.png or os.path.splitext(args.json)[0] + ".png"
     return args
 
 
@@ -71,55 +102,49 @@ def inverse_penalty(text):
     return value
 
 
-# ---------------------------------------------------------------- images and features
-
-def read_image(path):
-    try:
-        return load_frame(path)
-    except Exception as error:  # whatever a decoder raises: a labelled test set must be whole
-        raise ValueError(f"{path}: cannot be read ({error}); repair it, or leave it out with --exclude") from error
-
+# ---------------------------------------------------------------- images and models
 
 def labelled_images(args, img_size):
-    """(n, function from index to images.Frame, label strings, group strings, how groups were found)."""
+    """A LabelledSet, and a function from index to images.Frame."""
     if args.data is None:
         # at least the 64 pixels of pretraining's phantoms: finer speckle would be another kind of image
-        images, labels, groups = phantom.phantom_images(PHANTOM_IMAGES, size=max(img_size, PIXELS_SIDE), seed=PHANTOM_SEED)
-        return (len(images), lambda i: Frame(images[i], images[i]), [phantom.PLANES[label] for label in labels], groups,
-                "phantom patient")
-    listed = dicom_groups(list_images(args.data, args.exclude, args.group_regex, labelled=True))
-    return len(listed.paths), lambda i: read_image(listed.paths[i]), listed.labels, listed.groups, listed.grouped_by
+        canvases, labels, groups = phantom.phantom_images(PHANTOM_IMAGES, max(img_size, PIXELS_SIDE), PHANTOM_SEED)
+        found = LabelledSet(None, [f"phantom {i}" for i in range(len(canvases))], [phantom.PLANES[i] for i in labels],
+                            groups.tolist(), None, {}, "phantom patient")
+        return found, lambda i: Frame(canvases[i], canvases[i])
+    found = read_labelled(args.data, args.exclude, args.group_regex)
+    if args.split:
+        own = [i for i, split in enumerate(found.splits or []) if split == args.split]
+        if not own:
+            raise ValueError(f"--split {args.split}: {args.data} has no such split; there "
+                             f"{'are ' + ', '.join(sorted({*found.splits})) if found.splits else 'is none'}")
+        found = found._replace(**{field: [getattr(found, field)[i] for i in own]
+                                  for field in ("paths", "names", "labels", "groups", "splits")})
+    return found, lambda i: read_image(found.paths[i])
 
 
-def extract(n, load, img_size, backbones, mean, std, batch_size, device):
-    """Load every image once -> float32 features (n, d), one matrix per backbone and one of pixels; leakage.py's hashes
-    of pixels (n,) and of looks (n, WORDS), uint64."""
-    mean, std = (torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1) for value in (mean, std))
-    features, content, looks = [[] for _ in range(len(backbones) + 1)], [], []
-    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:  # decoding leaves Python's lock
-        for start in tqdm(range(0, n, batch_size), desc="features", disable=not sys.stderr.isatty(), leave=False):
-            frames = list(pool.map(load, range(start, min(start + batch_size, n))))
-            content += [content_hash(frame.whole) for frame in frames]
-            looks += [perceptual_hash(frame.whole) for frame in frames]
-            images = [frame.grey for frame in frames]
-            canvases = [resize_square(image, img_size) for image in images]
-            x = normalise(canvases, mean, std)  # (B, 1 or 3, h, w)
-            for rows, backbone in zip(features, backbones):
-                rows.append(embed(backbone, x.expand(-1, backbone.in_chans, -1, -1).to(device)).cpu())
-            thumbnails = [resize_square(image, PIXELS_SIDE) for image in images]
-            features[-1].append(normalise(thumbnails, mean.mean(), std.mean()).flatten(1))  # (B, side * side)
-    return [torch.cat(rows) for rows in features], np.array(content, np.uint64), np.array(looks).reshape(n, WORDS)
+def list_rows(args):
+    """Models of --ckpt and, unless it is among them, the first file's network at random initialisation; [(name, file)]
+    of --features. The one file that is given without a name is "pretrained"."""
+    models, foreign = list_models(args.ckpt, "random init"), named_files(args.features)
+    files = [i for i, model in enumerate(models) if any(model.paths)]
+    if len(files) == 1 and models[files[0]].name == models[files[0]].paths[0]:
+        models[files[0]] = models[files[0]]._replace(name="pretrained")
+    if len(files) == len(models):
+        models.append(Model("random init", [None]))
+    check_names([model.name for model in models] + ["pixels"] + [name for name, _ in foreign])
+    return models, foreign
 
 
-def normalise(canvases, mean, std):
-    return (torch.from_numpy(np.stack(canvases))[:, None].float() / 255 - mean) / std  # (B, 1, h, w)
-
-
-@torch.no_grad()
-def embed(backbone, x):
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-        tokens = backbone.forward_features(x)
-    return torch.cat((tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"].mean(1)), dim=1).float()  # (B, 2C)
+def open_files(models, like, img_size, seed):
+    """{name: [File]}; each random initialisation of a model has a seed of its own."""
+    files = {}
+    for model in models:
+        files[model.name] = []
+        for number, path in enumerate(model.paths):
+            backbone, info = open_backbone(path, like, "vit_small", seed + number)
+            files[model.name].append(File(path, backbone, info, own_size(img_size, backbone)))
+    return files
 
 
 # ---------------------------------------------------------------- episodes
@@ -179,259 +204,215 @@ def draw_episode(labels, groups, counts, shots, seed, episode):
     return np.array(support), ~np.isin(groups, groups[np.concatenate(support)])
 
 
-# ---------------------------------------------------------------- classifiers: x (n, d), support (E, K, k) -> (E, n)
+# ---------------------------------------------------------------- classifiers: support (E, K, k) -> predictions (E, n)
 
-def nearest_mean(x, support):
-    """Class of the nearest mean of L2-normalised support features."""
-    x, predictions = F.normalize(x, dim=1), []
-    for rows in support:  # (K, k)
-        means = x[rows].mean(1)  # (K, d)
-        predictions.append((x @ means.T - means.square().sum(1) / 2).argmax(1))  # |x - m|^2 without |x|^2
-    return torch.stack(predictions)
-
-
-def nearest_neighbours(x, support, temperature=0.07):
-    """The min(k, 5) support images of largest cosine vote with weight exp(cosine / temperature), as in DINO."""
-    x, predictions = F.normalize(x, dim=1), []
-    K, k = support.shape[1:]
-    for rows in support:
-        cosines, nearest = (x @ x[rows.flatten()].T).topk(min(k, 5), dim=1)  # (n, min(k, 5))
-        votes = x.new_zeros(len(x), K).scatter_add_(1, nearest // k, (cosines / temperature).exp())  # (n, K)
-        predictions.append(votes.argmax(1))
-    return torch.stack(predictions)
+def frozen(word, features, support, C):
+    """What a word of --classifiers, other than finetune, makes of features (n, L + 1, C)."""
+    if word == "linear":
+        return linear_probe(features, support)
+    x = few_shot_vector(features)  # (n, d)
+    if word == "logreg":
+        return logistic_regression(x, support, C)
+    return {"nearest_mean": nearest_mean, "knn": nearest_neighbours}[word](x, support)
 
 
-def logistic_regression(x, support, C):
-    """Multinomial logistic regression on features standardised by the support set, as `fit_logistic` fits it."""
-    x = x.double()
-    C = choose_C(x, support) if C == "support" else torch.tensor(C, dtype=torch.float64)
-    weight, bias = fit_logistic(x, support, C.expand(len(support)))
-    return torch.stack([(x @ w + b).argmax(1) for w, b in zip(weight, bias)])
+def fine_tuned(file, canvases, labels, groups, support, query, seed, args, device):
+    """Predictions (n,), -1 off the query bool (n,), of the whole network after --finetune_steps on one support (K, k).
 
-
-def fit_logistic(x, support, C):
-    """Minimise |W|^2 / 2 + C * cross-entropy on E support sets: weights (E, d, K), biases (E, K) for float64 x as is.
-
-    |W| is of standardised features; this is scikit-learn's LogisticRegression(C) after StandardScaler, with a C (E,)
-    for each set. The best W is a combination of the support rows (a part of W orthogonal to them costs penalty and
-    changes no logit), so it is found exactly in their span, of at most K * k dimensions instead of d.
+    A copy of the file's backbone learns: each episode starts anew, and `seed` alone decides its head and batches.
     """
-    E, K, k = support.shape
-    limit = max(1, 2 ** 24 // (K * k * x.shape[1]))  # episodes at a time, for memory
-    if E > limit:
-        parts = [fit_logistic(x, rows, c) for rows, c in zip(support.split(limit), C.split(limit))]
-        return tuple(torch.cat(part) for part in zip(*parts))
-    z = x[support.flatten(1)]  # (E, S, d), S = K * k rows sorted by class
-    center, scale = z.mean(1, keepdim=True), z.std(1, correction=0, keepdim=True)  # (E, 1, d)
-    scale = torch.where(scale > 1e-6 * (1 + center.abs()), scale, 1.0)  # a constant feature stays zero
-    # two classes: scikit-learn has one weight vector for both, which is penalised half as much as softmax's two
-    root = (C / 2 if K == 2 else C).sqrt().view(-1, 1, 1)
-    basis, coordinates = torch.linalg.qr(((z - center) / scale).mT)  # (E, d, r), (E, r, S)
-    z = root * coordinates.mT  # (E, S, r): in units of W / sqrt(C) the penalty has curvature one whatever C is
-    z = torch.cat((z, torch.ones_like(z[..., :1])), dim=2)  # (E, S, r + 1), the bias last
-    ridge = torch.ones(z.shape[2], 1, dtype=torch.float64)
-    ridge[-1] = 0  # the bias is not penalised
-    solution = minimise(z, torch.eye(K, dtype=torch.float64).repeat_interleave(k, dim=0), ridge)  # (E, r + 1, K)
-    weight = basis @ (root * solution[:, :-1]) / scale.mT  # (E, d, K)
-    return weight, solution[:, -1] - (center @ weight)[:, 0]
-
-
-def minimise(z, targets, ridge):
-    """Newton's method for cross-entropy(z @ w, targets) + ridge * w^2 / 2 of E problems side by side: w (E, r, K).
-
-    Steps come from conjugate gradients: no Hessian is stored, and a step shrinks until its problem's loss falls.
-    """
-    def loss(w):
-        logits = z @ w  # (E, S, K)
-        return (logits.logsumexp(2) - (logits * targets).sum(2)).sum(1) + (ridge * w * w).sum((1, 2)) / 2  # (E,)
-
-    w = z.new_zeros(len(z), z.shape[2], targets.shape[1])
-    for _ in range(100):
-        p = (z @ w).softmax(2)  # (E, S, K)
-        gradient = z.mT @ (p - targets) + ridge * w
-        if gradient.abs().max() < 1e-8:
-            return w
-
-        def curvature(v):  # Hessian times v
-            v_logits = p * (z @ v)
-            return z.mT @ (v_logits - p * v_logits.sum(2, keepdim=True)) + ridge * v
-
-        step = conjugate_gradients(curvature, gradient)
-        before, slope, size = loss(w), (gradient * step).sum((1, 2)), z.new_ones(len(z))
-        for _ in range(30):
-            after = loss(w - size.view(-1, 1, 1) * step)
-            uphill = after > before - 1e-4 * size * slope + 1e-12 * before.abs()  # rounding is no ascent
-            if not uphill.any():
-                break
-            size[uphill] /= 2
-        w = w - size.view(-1, 1, 1) * step
-    raise ValueError(f"logistic regression did not converge (gradient {gradient.abs().max():.0e}): lower --C")
-
-
-def conjugate_gradients(matrix, right, iterations=200):
-    """Solve matrix(x) = right for symmetric positive semi-definite operators on (E, r, K), to a thousandth."""
-    def dot(a, b):
-        return (a * b).sum((1, 2), keepdim=True)  # (E, 1, 1)
-
-    x, residual = torch.zeros_like(right), right
-    direction, square = right, dot(right, right)
-    goal = (1e-6 * square).clamp(min=1e-20)
-    for _ in range(iterations):
-        active = square > goal  # a solved system stands still: what is left of its residual is rounding
-        if not active.any():
-            break
-        product = matrix(direction)
-        size = torch.where(active, square / dot(direction, product), 0)
-        x, residual = x + size * direction, residual - size * product
-        square, old = torch.where(active, dot(residual, residual), square), square
-        direction = residual + square / old * direction
-    return x
-
-
-def choose_C(x, support, candidates=10.0 ** np.arange(-4, 4)):
-    """Per episode the C of the least cross-entropy on left-out support images, (E,); 1 where a class has one image.
-
-    min(k, 5) folds, each leaving out the same number of images of every class. Where a class has fewer than k
-    patients, folds share patients, and C comes out large; the scores are still of other patients.
-    """
-    E, K, k = support.shape
-    if k == 1:
-        return torch.ones(E, dtype=torch.float64)
-    losses = torch.zeros(len(candidates), E, dtype=torch.float64)
-    targets = torch.arange(K)[:, None]
-    for fold in range(min(k, 5)):
-        out = torch.arange(k) % min(k, 5) == fold
-        held = x[support[:, :, out].flatten(1)]  # (E, K * left out, d)
-        for i, C in enumerate(candidates):
-            weight, bias = fit_logistic(x, support[:, :, ~out], torch.full((E,), C, dtype=torch.float64))
-            logits = held @ weight + bias[:, None]  # (E, K * left out, K)
-            labels = targets.expand(K, int(out.sum())).flatten().expand(E, -1)
-            losses[i] += F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
-    return torch.from_numpy(candidates)[losses.argmin(0)]
+    rows, K, stats = support.flatten(), len(support), (file.info["mean"], file.info["std"])
+    recipe = argparse.Namespace(**RECIPE, dtype="bfloat16" if device.type == "cuda" else "float32")
+    decay = 1.0 if file.info["digest"] is None else args.layer_decay  # nothing below is worth keeping
+    network, buffers, optimizer = classifier.build(copy.deepcopy(file.backbone), K, seed, decay, device)
+    batch = min(FINETUNE_BATCH, len(rows))
+    for step, lr in enumerate(cosine_schedule(args.lr, 0.0, args.finetune_steps, args.finetune_steps // 10)):
+        own = rows[classifier.batch_indices(groups[rows], seed, step, batch)]  # (batch,)
+        x, targets = classifier.make_batch(canvases[own], labels[own], slice(0, batch), seed, step, batch, K, recipe,
+                                           stats, device)
+        loss = classifier.train_step(network, buffers, optimizer, x, targets, batch, lr, recipe)
+    if not loss.isfinite():
+        raise ValueError(f"{file.info['path']}: fine-tuning's loss is not finite; a lower --lr?")
+    predictions = np.full(len(labels), -1)
+    scores = classifier.predict(network, canvases[query], stats, args.batch_size, device, recipe.dtype)  # (query, K)
+    predictions[query] = scores.argmax(1).numpy()
+    return predictions
 
 
 # ---------------------------------------------------------------- scores
 
-def evaluate(features, labels, groups, counts, shots, args):
-    """{(feature set, classifier): replicates (scores, 1 + R)}, also for the differences of feature sets."""
-    classifiers = {"nearest mean": nearest_mean, "k-NN": nearest_neighbours,
-                   "logreg": lambda x, support: logistic_regression(x, support, args.C)}
+def evaluate(rows, squares, labels, groups, counts, shots, args, device):
+    """{(row, classifier): replicates (scores, 1 + R)}. rows: {name: [(features (n, L + 1, C), File or None)]}.
+
+    Files of one row, pretraining seeds, see the same episodes. Their scores, not their counts, are averaged in each
+    replicate, as metrics.py does with runs: what to expect of one such file. The interval is over episodes and groups.
+    """
     drawn = [draw_episode(labels, groups, counts, shots, args.seed, i) for i in range(args.episodes)]
-    support, query = zip(*drawn)
-    support, query = torch.from_numpy(np.stack(support)), np.stack(query)  # (E, K, k), (E, n)
-    G, K = counts.shape
-    weights = resampling_weights(args.episodes, G, args.seed)  # the same for all: differences are paired
+    support, query = (np.stack(part) for part in zip(*drawn))  # (E, K, k), (E, n)
+    (G, K), tuned = counts.shape, min(args.episodes, args.finetune_episodes)
+    weights = {E: resampling_weights(E, G, args.seed) for E in (args.episodes, tuned)}  # the same for all rows: paired
+
+    def predict(word, name, features, file):
+        if word != "finetune":
+            return np.where(query, frozen(word, features, torch.from_numpy(support), args.C).numpy(), -1)
+        predictions = []
+        for i in tqdm(range(tuned), desc=f"{name}, shots {shots}", disable=not sys.stderr.isatty(), leave=False):
+            seed = int(np.random.SeedSequence([args.seed, shots, i]).generate_state(1)[0])
+            predictions.append(fine_tuned(file, squares[file.size], labels, groups, support[i], query[i], seed, args,
+                                          device))
+        return np.stack(predictions)
+
     results = {}
-    for name, x in features.items():
-        for classifier, predict in classifiers.items():
-            predictions = np.where(query, predict(x, support).numpy(), -1)  # (E, n)
-            confusions = group_confusion(labels, predictions, groups, K, G)  # (E, G, K, K)
-            results[name, classifier] = bootstrap(confusions, weights, SCORES.values())
-    first, *baselines = features
-    for name in baselines:
-        for classifier in classifiers:
-            results[f"{first} - {name}", classifier] = results[first, classifier] - results[name, classifier]
+    for name, files in rows.items():
+        for word in args.classifiers:
+            if word == "finetune" and not files[0][1]:
+                continue  # vectors and pixels have no network
+            confusions = [group_confusion(labels, predict(word, name, *file), groups, K, G) for file in files]
+            results[name, CLASSIFIERS[word]] = np.mean([bootstrap(own, weights[len(own)], SCORES.values())
+                                                        for own in confusions], axis=0)
     return results
 
 
+def lines_of(results):
+    """[(title, is a difference, {classifier: replicates})]: every row, then the first one minus each other one."""
+    rows = {}
+    for (name, column), replicates in results.items():
+        rows.setdefault(name, {})[column] = replicates
+    first, *others = rows
+    return [(name, False, cells) for name, cells in rows.items()] + [
+        (f"{first} - {name}", True, {column: rows[first][column] - other for column, other in rows[name].items()})
+        for name in others]
+
+
 def table(results, shots, chance):
-    """Lines of the table for one number of shots: a block per score, a row per feature set, a column per classifier."""
-    rows, columns = (list(dict.fromkeys(key[i] for key in results)) for i in (0, 1))
+    """Lines of the table for one number of shots: a block per score and three classifiers, a row per feature set."""
+    rows, columns = lines_of(results), list(dict.fromkeys(column for _, column in results))
     lines = []
-    for i, score in enumerate(SCORES):
-        title = f"{shots} shot{'s' * (shots > 1)}: {score}" + (f" (chance {chance:.3f})" if i == 0 else "")
-        lines += ["", f"{title:43}" + "".join(f"{column:25}" for column in columns).rstrip()]
-        for row in rows:
-            form = "{:+.3f} [{:+.3f}, {:+.3f}]" if " - " in row else " {:.3f} [{:.3f}, {:.3f}]"
-            cells = (form.format(*interval(results[row, column][i])) for column in columns)
-            lines.append(f"  {row:40}" + "".join(f"{cell:25}" for cell in cells).rstrip())
+    for shown in (columns[start:start + 3] for start in range(0, len(columns), 3)):
+        for i, score in enumerate(SCORES):
+            title = f"{shots} shot{'s' * (shots > 1)}: {score}" + (f" (chance {chance:.3f})" if i == 0 else "")
+            lines += ["", f"{title:42} " + "".join(f"{column:25}" for column in shown).rstrip()]
+            for name, is_difference, cells in rows:
+                if cells.keys() & {*shown}:
+                    form = "{:+.3f} [{:+.3f}, {:+.3f}]" if is_difference else " {:.3f} [{:.3f}, {:.3f}]"
+                    texts = (form.format(*interval(cells[column][i])) if column in cells else " -" for column in shown)
+                    lines.append(f"  {shorten(name, 39):40}" + "".join(f"{text:25}" for text in texts).rstrip())
     return lines
 
 
 def records(results, shots):
-    for (name, classifier), replicates in results.items():
-        for i, score in enumerate(SCORES):
-            estimate, low, high = interval(replicates[i])
-            yield {"shots": shots, "features": name, "classifier": classifier, "score": score,
-                   "estimate": estimate, "low": low, "high": high}
+    for name, _, cells in lines_of(results):
+        for column, replicates in cells.items():
+            for i, score in enumerate(SCORES):
+                estimate, low, high = interval(replicates[i])
+                yield {"shots": shots, "features": name, "classifier": column, "score": score,
+                       "estimate": estimate, "low": low, "high": high}
 
 
-# ---------------------------------------------------------------- report
-
-def check_json(path):
-    """Fail before the work, not after it; an earlier fewshot.json may be overwritten, nothing else may."""
-    if not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise ValueError(f"--json {path}: its folder does not exist or cannot be written to")
-    if os.path.exists(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                own = json.load(file).get("written_by") == "fewshot.py"
-        except (OSError, ValueError, AttributeError):
-            own = False
-        if not own:
-            raise ValueError(f"--json {path}: exists and was not written by fewshot.py; name another file")
+def what_tells(results, chance):
+    """results {(shots, row, classifier): replicates} of images outside the fan -> a sentence and a dict: whether the
+    best row is above chance, by the lower end of an interval that allows for the best of so many (Bonferroni)."""
+    best = max(results, key=lambda key: results[key][0, 0])
+    estimate, low, high = interval(results[best][0], 1 - 0.05 / len(results))
+    told = bool(low > chance + 1e-6)  # 1e-6: rounding
+    found = {"told": told, **dict(zip(("shots", "features", "classifier"), best)), "estimate": estimate, "low": low,
+             "high": high, "chance": chance}
+    return (f"from pixels outside the ultrasound fan alone the label is {'told' if told else 'not told'}: balanced "
+            f"accuracy {estimate:.3f} [{low:.3f}, {high:.3f}] against chance {chance:.3f} ({best[1]}, {best[2]}, "
+            f"{best[0]} shot{'s' * (best[0] > 1)}: the best of {len(results)}, its interval widened for so many); well "
+            f"above chance means that callipers, text or the machine's layout give the label away"), found
 
 
-def file_digest(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def shots_png(path, results, chance, title):
+    """Balanced accuracy against shots, a picture per classifier; results {(shots, row, classifier): replicates}."""
+    columns = list(dict.fromkeys(column for *_, column in results))
+    for column in columns:
+        curves = {}
+        for (shots, name, own), replicates in results.items():
+            if own == column:
+                curves.setdefault(name, []).append((shots, *interval(replicates[0])))
+        stem, suffix = os.path.splitext(path)
+        name = f"{stem}-{column.replace(' ', '_')}{suffix}" if len(columns) > 1 else path
+        curves_png(name, curves, f"{title}: {column}", "shots", "balanced accuracy", chance)
 
 
 def main(args):
-    check_json(args.json)
+    check_output(args.json, "--json", SCRIPT)
+    if not os.access(os.path.dirname(args.png) or ".", os.W_OK):
+        raise ValueError(f"--png {args.png}: its folder does not exist or cannot be written to")
     device = setup()[2]
-    backbone, info = load_backbone(args.ckpt)
-    img_size = args.img_size or info["img_size"]
-    if img_size % backbone.patch_size:
-        raise ValueError(f"--img_size {img_size}: must be a multiple of the patch size {backbone.patch_size}")
-    torch.manual_seed(args.seed)
-    random_backbone = VisionTransformer(**info["config"]).eval()
+    models, foreign = list_rows(args)
+    img_size, like = common_network(models, args.img_size, DEFAULT_SIZE if args.data else PIXELS_SIDE)
+    files = open_files(models, like, img_size, args.seed)
+    every = [(name, file) for name, own in files.items() for file in own]
+    loaded = [(name, file) for name, file in every if file.path is not None]
 
     # ---- data ----
-    n, load, labels, group_names, grouped_by = labelled_images(args, img_size)
-    names, labels = np.unique(labels, return_inverse=True)
-    groups = np.unique(group_names, return_inverse=True)[1]
+    found, load = labelled_images(args, img_size)
+    n, (names, labels) = len(found.labels), np.unique(found.labels, return_inverse=True)
+    groups = np.unique(found.groups, return_inverse=True)[1]
     counts = group_confusion(labels, labels, groups, len(names), groups.max() + 1).diagonal(axis1=1, axis2=2)  # (G, K)
     for shots in args.shots:
         check_shots(counts, shots, names.tolist())
+    vectors = {name: read_features(path, found.names) for name, path in foreign}
+    show, partly = outside_fans(load, groups) if args.outside_fan else (None, None)
 
     # ---- features ----
-    backbones = [backbone.to(device), random_backbone.to(device)]
-    features, content, looks = extract(n, load, img_size, backbones, info["mean"], info["std"], args.batch_size, device)
-    features = dict(zip(("pretrained", "random init", "pixels"), features))
-    if not all(x.isfinite().all() for x in features.values()):
-        raise ValueError(f"{args.ckpt}: features are not finite, its pretraining diverged; take an earlier checkpoint")
-    named = grouped_by.startswith(("group column", "--group_regex", "DICOM"))  # a folder's name elsewhere tells nothing
-    seen, seen_line, _ = overlap(info["seen"], content, looks, group_names if named else None)
-    copies = len(set(zip(content.tolist(), groups.tolist()))) - len(set(content.tolist()))
+    images = Images(n, load, show)
+    squares = images.read({PIXELS_SIDE, *(file.size for _, file in every)})
+    cache, rows = args.cache if args.data else None, {name: [] for name in files}  # phantoms take seconds
+    for name, file in every:
+        backbone, canvases = file.backbone.to(device), squares[file.size]
+        rows[name].append((cached_features(backbone, file.info, canvases, args.batch_size, device, cache), file))
+        file.backbone.cpu()
+    first = every[0][1].info
+    pixels = (torch.from_numpy(squares[PIXELS_SIDE]).float() / 255 - first["mean"]) / first["std"]  # (n, side, side)
+    rows["pixels"] = [(pixels.flatten(1)[:, None], None)]  # (n, 1, side * side)
+    rows.update({name: [(vector, None)] for name, vector in vectors.items()})
 
-    # ---- report ----
-    print(seen_line)
-    print(f"{n} images, {len(names)} classes, {len(counts)} groups by {grouped_by}, "
+    # ---- what is known of the set ----
+    named = found.grouped_by.startswith(("group column", "--group_regex", "DICOM"))  # folders can be called alike
+    checkpoints = []
+    for name, file in loaded:
+        seen, line, _ = overlap(file.info["seen"], images.content, images.looks, found.groups if named else None)
+        print(line if len(loaded) == 1 else f"{name}, {file.path}: {line}")
+        checkpoints.append({"model": name, "path": file.path, "family": file.info["family"],
+                            "sha256": file.info["digest"], "step": file.info["step"], "in_pretraining_set": seen})
+    copies = len(set(zip(images.content.tolist(), groups.tolist()))) - len(set(images.content.tolist()))
+    print(f"{n} images, {len(names)} classes, {len(counts)} groups by {found.grouped_by}, "
           f"{args.episodes} episodes; support and query share no group")
     if copies:
         print(f"{copies} copies of images lie in other groups, so support and query can share an image: group them")
-    print("mean over episodes [95 % interval: episodes and groups resampled together]")
-    all_records = []
+    if args.outside_fan:
+        print(f"outside the fan: {partly.sum()} of {n} images have pixels there; all models see nothing else"
+              + ("; vectors of --features are as they come" if vectors else ""))
+    if "finetune" in args.classifiers:
+        print(f"fine-tuned: {min(args.episodes, args.finetune_episodes)} episodes, {args.finetune_steps} steps each")
+    print("mean over episodes" + " and files" * any(len(own) > 1 for own in rows.values())
+          + " [95 % interval: episodes and groups resampled together]")
+
+    # ---- report ----
+    results, all_records, chance = {}, [], 1 / len(names)
     for shots in args.shots:
-        results = evaluate(features, labels, groups, counts, shots, args)
-        print("\n".join(table(results, shots, 1 / len(names))))
-        all_records += records(results, shots)
+        scored = evaluate(rows, squares, labels, groups, counts, shots, args, device)
+        print("\n".join(table(scored, shots, chance)), flush=True)
+        all_records += records(scored, shots)
+        results.update({(shots, *key): replicates for key, replicates in scored.items()})
+    told = None
+    if args.outside_fan:
+        sentence, told = what_tells({key: value for key, value in results.items() if key[1] not in vectors}, chance)
+        print(f"\n{sentence}")
     if args.data is None:
         print("\nphantom images: a smoke test of the code, no evidence about ultrasound")
-    report = {"written_by": "fewshot.py", "args": vars(args), "device": str(device), "results": all_records,
-              "checkpoint": {"sha256": file_digest(args.ckpt), "step": info["step"]},
-              "test_set": {"phantom": args.data is None, "images": n, "classes": names.tolist(),
-                           "groups": len(counts), "grouped_by": grouped_by, "img_size": img_size,
-                           "in_pretraining_set": seen, "copies_across_groups": copies},
-              "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                           "pillow": PIL.__version__, "commit": git_commit()}}
-    with open(args.json + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1, allow_nan=False)
-    os.replace(args.json + ".tmp", args.json)
+    if len(args.shots) > 1:
+        shots_png(args.png, results, chance, "outside the fan" if args.outside_fan else "few-shot")
+    of_first = (checkpoints or [dict.fromkeys(("sha256", "step", "in_pretraining_set"))])[0]
+    write_json(args.json, SCRIPT, args, device, {
+        "results": all_records, "outside_fan": told and {**told, "images_with_outside": int(partly.sum())},
+        "checkpoint": {key: of_first[key] for key in ("sha256", "step")}, "checkpoints": checkpoints,
+        "test_set": {"phantom": args.data is None, "images": n, "classes": names.tolist(), "groups": len(counts),
+                     "grouped_by": found.grouped_by, "img_size": img_size,
+                     "in_pretraining_set": of_first["in_pretraining_set"], "copies_across_groups": copies}})
 
 
 if __name__ == "__main__":

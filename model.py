@@ -289,7 +289,7 @@ class DINOHead(nn.Module):
 PATCH_EMBED_LR_MULT = 0.2  # DINOv2's, on top of the layer-wise decay
 
 
-def parameter_groups(network, layerwise_decay):
+def parameter_groups(network, layerwise_decay, patch_embed_lr_mult=PATCH_EMBED_LR_MULT):
     """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale.
 
     A network around timm's model says backbone.model.blocks.
@@ -301,7 +301,7 @@ def parameter_groups(network, layerwise_decay):
             layer = 1 + int(block[1])
         elif any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
             layer = 0
-        lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (PATCH_EMBED_LR_MULT if "patch_embed" in name else 1)
+        lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (patch_embed_lr_mult if "patch_embed" in name else 1)
         wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
         key = (lr_multiplier, wd_multiplier, "last_layer" in name)
         groups.setdefault(key, []).append(parameter)

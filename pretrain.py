@@ -7,6 +7,7 @@ the images apart. UltraDINO: arXiv 2506.19552; DINOv2: arXiv 2304.07193. Writes 
     python pretrain.py                                                  # phantom images, minutes on a CPU
     python pretrain.py --data FOLDER                                    # one GPU
     torchrun --nproc_per_node 8 pretrain.py --data FOLDER               # eight
+    python pretrain.py --data FOLDER --init FILE                        # go on from DINOv2, DINOv3, another last.pt ...
 """
 
 import argparse
@@ -19,22 +20,21 @@ import traceback
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
 import pack
 import runtime
 from data import PretrainBatches, to_device
-from kernels import LogitChunks, all_reduce, prototype_loss, sinkhorn, softmax_center, update_center
-from model import SIZES, DINOHead, VisionTransformer, parameter_groups
+from kernels import all_reduce
+from losses import Network, draw_drops, student_losses, target_health, teacher_targets
+from model import SIZES, parameter_groups
+from weights import grey_backbone, load_strict
 
 # DINOv2's constants that nobody tunes (its ssl_default_config)
-STUDENT_TEMP, FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 0.1, 1.0, 1e-6, (0.9, 0.999)
+FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 1.0, 1e-6, (0.9, 0.999)
 LR_BATCH = 1024  # the learning rate is base_lr * sqrt(batch / LR_BATCH)
 PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED = 12_000, 64, 0
-KOLEO_EPS, KOLEO_MIN_DISTANCE = 1e-8, 1e-4
-HEALTH_ROWS = 64  # teacher rows whose targets are looked at for the log
 
 # The recipe is UltraDINO's; `cpu` is a small one that learns something of phantom images in minutes on two cores.
 PRESETS = {
@@ -46,8 +46,14 @@ PRESETS = {
         warmup_teacher_temp=0.02, teacher_temp=0.02, momentum_teacher=0.9, layerwise_decay=1.0, base_lr=5e-3,
         batch_size_per_gpu=32, total_samples=30_000, dtype="float32", num_workers=1, save_every=200, log_every=25),
 }
+# What --init adds to a preset: fresh heads tell a trained backbone nothing at first, and at the rate of a run from
+# scratch they undo it (a released ViT-L lost 80 -> 10 % of k-NN in 20,000 images: facebookresearch/dinov2, issue 204).
+INIT = {"ultradino": dict(freeze_backbone_fraction=0.05, base_lr=1e-3, momentum_teacher=0.996, drop_path_rate=0.1),
+        "cpu": dict(freeze_backbone_fraction=0.05, base_lr=1.25e-3, momentum_teacher=0.98)}
+FROM_FILE = ("arch", "patch_size", "num_register_tokens", "layerscale", "init_std")  # no flags beside --init
+CROP_SIZES = ("global_crops_size", "local_crops_size")
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
-PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir"}  # kept out of last.pt: they can name patients
+PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir", "init"}  # kept out of last.pt: they can name patients
 NOT_RECIPE = PATHS | {*pack.OPTIONS, "num_workers", "log_every", "save_every", "reference_ops", "preset", "preview",
                       "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations", "dry_run"}
 
@@ -56,6 +62,7 @@ def get_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with a GPU and --data, else cpu")
     first.add_argument("--data", nargs="+", help="folders, text or CSV lists, or a pack; without it phantom images")
+    first.add_argument("--init", metavar="FILE", help="go on from this backbone, with fresh heads; needed to resume, too")
     chosen, _ = first.parse_known_args(argv)
     preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
@@ -109,6 +116,7 @@ def get_args(argv=None):
     p.add_argument("--momentum_teacher", type=float, default=0.992, help="of the teacher's average; rises to 1")
     p.add_argument("--layerwise_decay", type=float, default=0.9, help="learning-rate factor per block towards the input")
     p.add_argument("--freeze_last_layer_fraction", type=float, default=0.01, help="prototypes wait, share of the run")
+    p.add_argument("--freeze_backbone_fraction", type=float, default=0.0, help="only heads learn, share of the run; for --init")
     p.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm, for backbone and heads apart")
     # the run
     p.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -120,17 +128,23 @@ def get_args(argv=None):
     p.add_argument("--dry_run", **flag, help="print what the run would cost in memory, work and time, and stop; needs no data")
     p.add_argument("--preview", **flag, help="draw a few images' crops into OUTPUT_DIR/preview.png, over any, and stop")
     p.add_argument("--reference_ops", **flag, help="plain torch instead of the Triton kernels, to compare the two")
-    p.set_defaults(**{**PRESETS[preset], "preset": preset})
+    p.set_defaults(**{**PRESETS[preset], **(INIT[preset] if chosen.init else {}), "preset": preset})
     args = p.parse_args(argv)
+    if args.init:
+        given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # what has no flag stays None
+        if decided := [f"--{name}" for name in FROM_FILE if given[name] is not None]:
+            p.error(f"{', '.join(decided)} beside --init: the file decides; leave it out")
+        if args.init.startswith("timm:"):
+            p.error(f"--init {args.init}: training goes on in this project's own transformer only; name a file")
+        args.fit_crops = [name for name in CROP_SIZES if given[name] is None]  # until open_init knows the patch size
     check_args(p, args)
     return args
 
 
 def check_args(p, args):
     pack.check_arguments(p, args)
-    for name in ("global_crops_size", "local_crops_size"):
-        if getattr(args, name) % args.patch_size:
-            p.error(f"--{name} {getattr(args, name)} is not a multiple of --patch_size {args.patch_size}")
+    if not args.init:
+        check_crops(args, "--patch_size")
     for name, least in dict(batch_size_per_gpu=1, accum_iter=1, total_samples=1, save_every=1, log_every=1, seed=0,
                             head_n_prototypes=2, local_crops_number=0, num_workers=0, num_register_tokens=0).items():
         if getattr(args, name) < least:
@@ -139,7 +153,7 @@ def check_args(p, args):
         if getattr(args, name) <= 0:
             p.error(f"--{name} must be positive, not {getattr(args, name)}")
     for name in ("drop_path_rate", "mask_sample_probability", "warmup_fraction", "warmup_teacher_temp_fraction",
-                 "freeze_last_layer_fraction", "momentum_teacher"):
+                 "freeze_last_layer_fraction", "freeze_backbone_fraction", "momentum_teacher"):
         if not 0 <= getattr(args, name) <= 1 or (name == "drop_path_rate" and args.drop_path_rate == 1):
             p.error(f"--{name} is a share between 0 and 1, not {getattr(args, name)}")
     for name in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
@@ -148,20 +162,26 @@ def check_args(p, args):
             p.error(f"--{name} {low} {high}: two shares, the smaller first, between 0 and 1")
 
 
+def check_crops(args, whose):
+    for name in CROP_SIZES:
+        if getattr(args, name) % args.patch_size:
+            raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {whose} {args.patch_size}")
+
+
 # ---------------------------------------------------------------- networks
 
-class Network(torch.nn.Module):
-    """Backbone and heads of the student or the teacher; state-dict keys backbone.*, dino_head.*[, ibot_head.*]."""
-
-    def __init__(self, config, args):
-        super().__init__()
-        self.backbone = VisionTransformer(**config)
-        for name in ("dino_head", "ibot_head") if args.separate_head else ("dino_head",):
-            setattr(self, name, DINOHead(config["embed_dim"], args.head_n_prototypes, hidden_dim=args.head_hidden_dim,
-                                         bottleneck_dim=args.head_bottleneck_dim, init_std=args.init_std))
-
-    def patch_head(self):
-        return self.ibot_head if hasattr(self, "ibot_head") else self.dino_head
+def open_init(args, mean=None, std=None):
+    """weights.grey_backbone of --init; sets the arguments that the file decides, and in info["config"] the run's own."""
+    backbone, info = grey_backbone(args.init, mean, std)
+    named = [name for name, size in SIZES.items() if size.items() <= info["config"].items()]
+    args.arch = named[0] if named else f"width {backbone.embed_dim}, depth {len(backbone.blocks)}"
+    args.patch_size, args.num_register_tokens = backbone.patch_size, backbone.num_register_tokens
+    args.layerscale = info["config"].get("init_values")
+    for name in vars(args).pop("fit_crops", ()):
+        setattr(args, name, max(1, round(getattr(args, name) / args.patch_size)) * args.patch_size)
+    check_crops(args, f"the patch size of --init {args.init},")
+    info["config"].update(img_size=args.global_crops_size, drop_path_rate=args.drop_path_rate)
+    return backbone, info
 
 
 def backbone_config(args):
@@ -170,9 +190,15 @@ def backbone_config(args):
                 init_values=args.layerscale, init_std=args.init_std)
 
 
-def build_networks(args, device):
+def build_networks(args, device, start=None):
     torch.manual_seed(args.seed)
-    student = Network(backbone_config(args), args).to(device)
+    student = Network(start[1]["config"] if start else backbone_config(args), args)
+    if start:
+        state, side = start[0].state_dict(), args.global_crops_size // args.patch_size
+        if "pos_embed" in state:  # at the size of global crops, interpolated as the file's own family does
+            state["pos_embed"] = start[0].positions((side, side)).detach()
+        load_strict(student.backbone, state, args.init)
+    student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     student.backbone.checkpoint_activations = args.checkpoint_activations
     if args.compile:
@@ -185,106 +211,15 @@ def build_state(student, teacher, args):
     """What a step changes beside: flat buffers of both networks, centers of class and patch rows, optimizer."""
     buffers = runtime.flatten_parameters(student), runtime.flatten_parameters(teacher)
     centers = torch.zeros(2, args.head_n_prototypes, device=buffers[0][0][0].device)
-    optimizer = torch.optim.AdamW(parameter_groups(student, args.layerwise_decay), lr=0.0, betas=ADAM_BETAS, fused=True)
+    optimizer = torch.optim.AdamW(optimizer_groups(student, args.layerwise_decay), lr=0.0, betas=ADAM_BETAS, fused=True)
     return buffers, centers, optimizer
 
 
-# ---------------------------------------------------------------- losses
-
-def koleo_loss(x, groups):
-    """Kozachenko-Leonenko spreading loss (DINOv2, section 4): -mean log distance to the nearest other row. x (b, C).
-
-    Rows of one group (frames of a clip) are no neighbours. Nearly equal rows count in the value but give no
-    gradient: 1 / distance of five identical frames would be the whole step. Float32 whatever the autocast says.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), eps=KOLEO_EPS, dim=-1)
-        with torch.no_grad():
-            siblings = groups[:, None] == groups[None, :]  # (b, b), the diagonal included
-            nearest = (x @ x.T).masked_fill(siblings, -2).argmax(dim=1)  # (b,)
-            counts = ~siblings.all(dim=1)  # rows that have a neighbour at all
-        distance = F.pairwise_distance(x, x[nearest], p=2, eps=KOLEO_EPS)  # (b,)
-        distance = torch.where(distance < KOLEO_MIN_DISTANCE, distance.detach(), distance)
-        return -torch.where(counts, torch.log(distance + KOLEO_EPS), 0.0).sum() / counts.sum().clamp(min=1)
-
-
-def prototypes_of(network):
-    """Prototypes (K, bottleneck) of class and of patch rows: the same tensor where they share a head."""
-    first, second = network.dino_head, network.patch_head()
-    prototypes = first.last_layer.weight()
-    return prototypes, prototypes if second is first else second.last_layer.weight()
-
-
-@torch.no_grad()
-def teacher_targets(teacher, micros, centers, temp, centering, dtype=torch.float32):
-    """The teacher's view of a step's micro-batches, before any student sees them: (targets, new centers (2, K)).
-
-    Targets are two lists, of class and of patch rows, with (features (items, M, bottleneck), prototypes, a, r (items,
-    M)) per micro-batch: p = exp(features @ prototypes.T / temp - a - r). `a` comes from the whole batch on all ranks.
-    """
-    class_rows, patch_rows, valid = [], [], []
-    for micro in micros:
-        b, tokens = len(micro["groups"]), teacher.backbone.forward_features(micro["global_crops"])
-        cls = tokens["x_norm_clstoken"].unflatten(0, (2, b)).transpose(0, 1)  # (b, 2, C)
-        patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)
-        class_rows.append(teacher.dino_head.bottleneck(cls))  # (b, 2, bottleneck)
-        patch_rows.append(teacher.patch_head().bottleneck(patches[:, None]))  # (M, 1, bottleneck)
-        valid.append(micro["mask_weight"] > 0)
-    valid = [torch.ones_like(centers[0, :1], dtype=torch.bool).expand(sum(map(len, class_rows)) * 2), torch.cat(valid)]
-    targets, new_centers, prototypes = [], centers.clone(), prototypes_of(teacher)
-    for i, (weight, rows) in enumerate(zip(prototypes, (class_rows, patch_rows))):
-        features = torch.cat([x.flatten(0, 1) for x in rows])
-        if centering == "centering":
-            a, r = softmax_center(LogitChunks(features, weight, dtype, passes=1), centers[i], temp)
-            r = torch.where(valid[i], r, math.inf)
-            with torch.autocast(centers.device.type, enabled=False):  # sum of logits = prototypes(sum of features)
-                total = weight @ (features * valid[i][:, None]).sum(0)
-            new_centers[i] = update_center(centers[i], total, valid[i].sum())
-        else:
-            a, r = sinkhorn(LogitChunks(features, weight, dtype), temp, valid=valid[i])
-        r = r.split([x.shape[0] * x.shape[1] for x in rows])
-        targets.append([(x, weight, a, part.view(x.shape[:2])) for x, part in zip(rows, r)])
-    return targets, new_centers
-
-
-def student_losses(student, micro, class_target, patch_target, temp, batch, drops=None, dtype=torch.float32):
-    """(DINO, iBOT, KoLeo) of one micro-batch, DINOv2's scales but for the weights, and how much of DINO is local.
-
-    Each is this micro-batch's part of the mean over the `batch` images of the step (KoLeo: of this micro-batch).
-    """
-    b, L = len(micro["groups"]), len(micro["local_crops"]) // len(micro["groups"])
-    tokens, local_tokens = student.backbone.forward_features(
-        [micro["global_crops"], micro["local_crops"]], [micro["masks"], None], drops)
-    global_cls = tokens["x_norm_clstoken"]  # (2b, C)
-    cls = torch.cat((global_cls, local_tokens["x_norm_clstoken"])).unflatten(0, (2 + L, b))  # (2 + L, b, C)
-    patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)
-    prototypes = prototypes_of(student)
-
-    # a global crop learns from the teacher's other crop, a local one from both
-    k = torch.arange(2 + L, device=cls.device)
-    rows_of = torch.stack(((k == 0).long(), 2 * (k >= 2) - 1), dim=1)  # (2 + L, 2): 1 -1, 0 -1, 0 1, 0 1, ...
-    weight = cls.new_full((b, 2 + L), 1 / (batch * (2 * L + 2)), dtype=class_target[3].dtype)
-    dino, losses = prototype_loss(student.dino_head.bottleneck(cls).transpose(0, 1), prototypes[0], *class_target, rows_of,
-                                  weight, STUDENT_TEMP, temp, dtype)
-    weight = micro["mask_weight"][:, None] / (2 * batch)  # (M, 1)
-    ibot, _ = prototype_loss(student.patch_head().bottleneck(patches[:, None]), prototypes[1], *patch_target,
-                             -k[None, :2], weight, STUDENT_TEMP, temp, dtype)  # rows_of [[0, -1]]: each from its own
-    koleo = koleo_loss(global_cls[:b], micro["groups"]) + koleo_loss(global_cls[b:], micro["groups"])
-    return torch.stack((dino, ibot, koleo)), losses[:, 2:].sum()
-
-
-@torch.no_grad()
-def target_health(target, temp):
-    """(mean entropy of the targets, what they tell about the image), in nats, from HEALTH_ROWS class rows.
-
-    The second is the mutual information of image and prototype, at most log(rows). At 0 every image has the same
-    target: a collapse, or a teacher that has not learned anything yet.
-    """
-    features, prototypes, a, r = target
-    features, r = features[:HEALTH_ROWS, 0], r[:HEALTH_ROWS, :1]  # one crop of each image
-    p = torch.exp((features @ prototypes.T).to(a.dtype) / temp - a - r)  # (rows, K)
-    entropy = torch.special.entr(p).sum(1).mean()
-    return torch.stack((entropy, torch.special.entr(p.mean(0)).sum() - entropy))
+def optimizer_groups(student, layerwise_decay):
+    """parameter_groups, each split into backbone, which --freeze_backbone_fraction holds, and heads."""
+    backbone = {*student.backbone.parameters()}
+    return [{**group, "params": own, "is_backbone": where} for group in parameter_groups(student, layerwise_decay)
+            for where in (True, False) if (own := [p for p in group["params"] if (p in backbone) == where])]
 
 
 # ---------------------------------------------------------------- one step
@@ -318,7 +253,8 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     for (_, grads), norm in zip(student_buffers, norms):
         grads.mul_((args.clip_grad / (norm + 1e-6)).clamp(max=1))
     for group in optimizer.param_groups:
-        frozen = group["is_last_layer"] and values["freeze_last_layer"]
+        frozen = (group["is_last_layer"] and values["freeze_last_layer"]
+                  or group.get("is_backbone") and values["freeze_backbone"])
         group["lr"] = 0.0 if frozen else values["lr"] * group["lr_multiplier"]
         group["weight_decay"] = values["weight_decay"] * group["wd_multiplier"]
     optimizer.found_inf, optimizer.grad_scale = 1 - finite, None  # fused AdamW skips the step where found_inf is 1
@@ -332,24 +268,16 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
 
 def schedules(args, steps, batch):
     """Every value that changes over the run: dict of arrays (steps,)."""
-    warmup, temp_warmup, frozen = (int(fraction * steps) for fraction in (
-        args.warmup_fraction, args.warmup_teacher_temp_fraction, args.freeze_last_layer_fraction))
+    warmup, temp_warmup, last_layer, backbone = (int(getattr(args, f"{name}_fraction") * steps) for name in (
+        "warmup", "warmup_teacher_temp", "freeze_last_layer", "freeze_backbone"))
     return {
         "lr": runtime.cosine_schedule(args.base_lr * math.sqrt(batch / LR_BATCH), MIN_LR, steps, warmup),
         "weight_decay": runtime.cosine_schedule(args.weight_decay, args.weight_decay_end, steps),
         "momentum": runtime.cosine_schedule(args.momentum_teacher, FINAL_MOMENTUM, steps),
         "teacher_temp": runtime.linear_then_constant(args.warmup_teacher_temp, args.teacher_temp, steps, temp_warmup),
-        "freeze_last_layer": np.arange(steps) < frozen,
+        "freeze_last_layer": np.arange(steps) < last_layer,
+        "freeze_backbone": np.arange(steps) < backbone,
     }
-
-
-def draw_drops(backbone, micros, seed, step, rank):
-    """Drop-path draws of a rank's micro-batches, before any forward."""
-    for number, micro in enumerate(micros):
-        rng = np.random.default_rng(np.random.SeedSequence((seed, step, rank, number)))
-        shapes = [(len(crops), 1 + backbone.num_register_tokens + (crops.shape[-1] // backbone.patch_size) ** 2)
-                  for crops in (micro["global_crops"], micro["local_crops"])]
-        yield backbone.draw_drop_path(shapes, rng)
 
 
 # ---------------------------------------------------------------- the run
@@ -362,13 +290,26 @@ def open_data(args):
     return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), **pack.options(args))
 
 
-def checkpoint_of(student, teacher, optimizer, centers, step, args, identity, data):
+def all_seen(data, start):
+    """Digests of the images trained on, those that the checkpoint of --init had seen among them, for leakage.overlap.
+
+    Groups compare under one salt only: where both name some under two, the earlier images count by pixels and look.
+    """
+    seen, before = data.digests(), start and start[1]["seen"] or {}
+    kinds = {"content", "looks"} & before.keys()
+    if "salt" in before and seen.setdefault("salt", before["salt"]) == before["salt"]:
+        kinds.add("group_digests")
+    for kind in kinds:
+        rows = [np.asarray(part[kind]).view(np.uint64) for part in (seen, before) if kind in part]
+        seen[kind] = torch.from_numpy(np.unique(np.concatenate(rows), axis=0))
+    return seen
+
+
+def checkpoint_of(student, teacher, optimizer, centers, step, constant):
     """What last.pt holds: tensors and plain values only, and no file names (they can be patients' names)."""
     return {"teacher": runtime.cpu_copy(teacher.state_dict()), "student": runtime.cpu_copy(student.state_dict()),
             "optimizer": optimizer.state_dict(), "centers": centers.cpu(), "step": step,
-            "samples": step * identity["batch"], "config": backbone_config(args), "mean": data.mean, "std": data.std,
-            "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "seen": data.digests(),
-            "identity": identity, "commit": runtime.git_commit(), "torch": str(torch.__version__)}
+            "samples": step * constant["identity"]["batch"], **constant}
 
 
 def read_stats(pending, batches, data):
@@ -385,8 +326,12 @@ def read_stats(pending, batches, data):
     return values
 
 
-def show_start(args, network, data, steps, batch, schedule, device, world_size):
+def show_start(args, network, start, data, steps, batch, schedule, device, world_size):
     runtime.show_run(args, device, world_size)
+    if start:
+        kept = ", ".join(f"{name} {getattr(args, name)}" for name in {**INIT["ultradino"], **INIT["cpu"]})
+        print(f"from {start[1]['family']}: {args.arch}, patch {args.patch_size}, sha256 {start[1]['digest'][:12]}, with "
+              f"fresh heads; what keeps them from undoing it: {kept}")
     print(f"{kernels.mode(device)} | {args.arch}: {sum(p.numel() for p in network.backbone.parameters()):,} parameters "
           f"in the backbone | {len(data):,} images, {data.info['groups']:,} groups by {data.info['grouped_by']} | "
           f"mean {data.mean:.4f} std {data.std:.4f}")
@@ -397,11 +342,14 @@ def show_start(args, network, data, steps, batch, schedule, device, world_size):
 
 def main(args):
     # ---- setup ----
+    if args.init:
+        open_init(args)  # first: it sets crop sizes, and whatever is wrong with the file shows before hours of packing
     if args.dry_run or args.preview:
         from tools import dry_run, preview
         return dry_run.dry_run(args) if args.dry_run else preview.preview(args)
     os.makedirs(args.output_dir, exist_ok=True)
     data = open_data(args)  # before the process group: packing takes longer than a collective waits
+    start = open_init(args, data.mean, data.std) if args.init else None
     received = runtime.stop_on_signals()
     rank, world_size, device = runtime.setup()
     is_main = rank == 0
@@ -411,20 +359,23 @@ def main(args):
     schedule = schedules(args, steps, batch)
 
     # ---- networks ----
-    student, teacher = build_networks(args, device)
+    student, teacher = build_networks(args, device, start)
     buffers, centers, optimizer = build_state(student, teacher, args)
 
     # ---- resume ----
     path, log_path = (os.path.join(args.output_dir, name) for name in ("last.pt", "log.jsonl"))
     identity = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
-    identity.update(data=data.info["digest"], batch=batch)
-    checkpoint, start = runtime.resume(path, log_path, identity, is_main), 0
+    identity.update(data=data.info["digest"], batch=batch, init=start and start[1]["digest"])
+    constant = {"config": start[1]["config"] if start else backbone_config(args), "mean": data.mean, "std": data.std,
+                "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "identity": identity,
+                "seen": all_seen(data, start), "commit": runtime.git_commit(), "torch": str(torch.__version__)}
+    checkpoint, first = runtime.resume(path, log_path, identity, is_main), 0
     if checkpoint:
         for state, saved in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer")):
             state.load_state_dict(checkpoint[saved])
         centers.copy_(checkpoint["centers"])
-        start = checkpoint["step"]
-    if start >= steps:
+        first = checkpoint["step"]
+    if first >= steps:
         if is_main:
             print(f"{path} is finished: {steps} of {steps} steps. Score it: python fewshot.py --ckpt {path} --shots 5; "
                   f"train anew in another --output_dir")
@@ -432,17 +383,17 @@ def main(args):
             dist.destroy_process_group()
         return
     if is_main:
-        show_start(args, student, data, steps, batch, schedule, device, world_size)
+        show_start(args, student, start, data, steps, batch, schedule, device, world_size)
 
     # ---- data ----
     batches = PretrainBatches(data, args, rank, world_size)
-    loader = batches.loader(range(start, steps), args.num_workers, pin_memory=device.type == "cuda",
+    loader = batches.loader(range(first, steps), args.num_workers, pin_memory=device.type == "cuda",
                             worker_init_fn=runtime.ignore_signals)
 
     # ---- loop ----
-    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=first, unit="step", disable=None if is_main else True, dynamic_ncols=True)
     pending, seen, waited, since = None, 0, 0.0, time.monotonic()
-    for step in range(start, steps):
+    for step in range(first, steps):
         asked = time.monotonic()
         loaded = next(loader)
         waited += time.monotonic() - asked
@@ -455,7 +406,7 @@ def main(args):
         stop = previous is not None and read_stats(previous, batches, data)["stop"] > 0  # one step late: no waiting
         done, last, seen = step + 1, step + 1 == steps, seen + batch
         bar.update()
-        if done % args.log_every == 0 or done == start + 1 or last or stop:
+        if done % args.log_every == 0 or done == first + 1 or last or stop:
             record, seconds = read_stats(pending, batches, data), time.monotonic() - since
             if is_main:
                 log_step(log_path, bar, done, steps, batch, record, values, seen / seconds, waited / seconds)
@@ -463,8 +414,7 @@ def main(args):
         if done % args.save_every == 0 or last or stop:
             read_stats(pending, batches, data)  # nothing that is not finite is ever saved
             if is_main:
-                runtime.save_checkpoint(path, checkpoint_of(student, teacher, optimizer, centers, done, args, identity,
-                                                            data))
+                runtime.save_checkpoint(path, checkpoint_of(student, teacher, optimizer, centers, done, constant))
         if stop:
             break
     bar.close()

@@ -126,7 +126,7 @@ def load_checkpoint(path):
             if damaged:
                 raise ValueError(f"{path}: record {damaged} is damaged (its CRC does not match)")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: damaged, or not a checkpoint of tensors and plain values ({reason})")
     if not isinstance(checkpoint, dict):

@@ -40,9 +40,10 @@ def machine(known_commit=None):
             f"{torch.__version__}; commit {known_commit or commit()}")
 
 
-def record(path, title, commands, names=()):
-    """Run each command (a list of words) from the project's folder and write `path`; names: (text, what to show for it)."""
-    text = [f"# {title}", "", f"{machine()}. Each block is a command, what it printed, and its time.", ""]
+def record(path, title, commands, names=(), before=()):
+    """Run each command (a list of words) from the project's folder and write `path`; names: (text, what to show for it);
+    before: lines that come first."""
+    text = [f"# {title}", "", f"{machine()}. Each block is a command, what it printed, and its time.", "", *before, ""]
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for words in commands:
         started = time.monotonic()

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-torch.set_num_threads(2)
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # make test: a worker for each of two cores
+torch.set_num_threads(1 if PARALLEL else 2)
+if PARALLEL:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 
 # Triton looks at TRITON_INTERPRET when a kernel is defined: before the first import of kernels.
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"

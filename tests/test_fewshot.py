@@ -1,4 +1,4 @@
-"""Episodes that share no group, classifiers against scikit-learn and spelled-out loops, and every error sentence."""
+"""Scores of several models on the same episodes, fine-tuning on them, and every error sentence."""
 
 import argparse
 import json
@@ -9,20 +9,20 @@ import sys
 
 import numpy as np
 import pytest
-from file_tools import load_grey
 import torch
+from file_tools import load_grey
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 import fewshot
+import finetune_cls
 import metrics
 import phantom
 import runtime
-from images import Frame, list_images, resize_square
 from leakage import content_hash, perceptual_hash
+from lists import read_labelled
 from model import VisionTransformer
 
+CPU = torch.device("cpu")
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2, init_values=0.5)
 
 
@@ -31,193 +31,15 @@ def counts_of(labels, groups):
     return confusion.diagonal(axis1=1, axis2=2)  # (G, K)
 
 
-def blobs(n, d, K, spread, seed=0):
-    """Features around K random centres, labels."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) % K
-    return torch.from_numpy(rng.normal(size=(K, d))[labels] + spread * rng.normal(size=(n, d)) + 2), labels
-
-
-def supports(labels, shots, episodes=3):
-    groups = np.arange(len(labels))
-    drawn = [fewshot.draw_episode(labels, groups, counts_of(labels, groups), shots, 0, i)[0] for i in range(episodes)]
-    return torch.from_numpy(np.stack(drawn))  # (E, K, k)
-
-
-# ---------------------------------------------------------------- classifiers
-
-@pytest.mark.parametrize("d, K, shots, C", [(60, 6, 5, 1.0), (60, 6, 1, 1.0), (5, 3, 20, 1.0), (60, 2, 5, 1.0),
-                                            (60, 4, 5, 0.01), (60, 4, 5, 100.0), (2, 3, 2, 1e4)])
-def test_logistic_regression_is_scikit_learns(d, K, shots, C):
-    x, labels = blobs(200, d, K, spread=1.0)
-    x[:, 1] = 0.3  # a constant feature has no standard deviation to divide by
-    support = supports(labels, shots)
-    weight, bias = fewshot.fit_logistic(x, support, torch.full((3,), C, dtype=torch.float64))
-    for w, b, rows in zip(weight, bias, support.flatten(1)):
-        scaler = StandardScaler().fit(x[rows])
-        oracle = LogisticRegression(C=C, tol=1e-9, max_iter=20000).fit(scaler.transform(x[rows]), labels[rows])
-        actual, expected = (x @ w + b).softmax(1).numpy(), oracle.predict_proba(scaler.transform(x))
-        np.testing.assert_allclose(actual, expected, atol=1e-4)
-
-
-def test_logistic_regression_in_parts_and_per_episode_C(monkeypatch):
-    x, labels = blobs(60, 8, 3, spread=1.0)
-    support, C = supports(labels, 4, episodes=5), torch.tensor([0.01, 0.1, 1, 10, 100], dtype=torch.float64)
-    weight, bias = fewshot.fit_logistic(x, support, C)
-    for i in range(5):  # one at a time
-        alone = fewshot.fit_logistic(x, support[i:i + 1], C[i:i + 1])
-        torch.testing.assert_close((weight[i], bias[i]), (alone[0][0], alone[1][0]), atol=1e-6, rtol=1e-6)
-    predictions = fewshot.logistic_regression(x.float(), support, 1.0)
-    expected = fewshot.fit_logistic(x.float().double(), support, torch.ones(5, dtype=torch.float64))
-    assert (predictions == torch.stack([(x.float().double() @ w + b).argmax(1) for w, b in zip(*expected)])).all()
-
-
-def test_steps_shrink_where_newtons_overshoot():
-    """Few rows of very unequal length: with full steps the logits run off to infinity."""
-    z = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1000
-    z = torch.cat((z.sign() * z.abs() ** 1.5 / 1000 ** 0.5, torch.ones(1, 12, 1, dtype=torch.float64)), dim=2)
-    targets, ridge = torch.eye(6, dtype=torch.float64).repeat_interleave(2, dim=0), torch.tensor([[1.0], [1], [1], [0]])
-    w = fewshot.minimise(z, targets, ridge.double())
-    gradient = z.mT @ ((z @ w).softmax(2) - targets) + ridge * w
-    assert gradient.abs().max() < 1e-7
-
-
-def test_C_is_chosen_by_cross_validation_on_the_support():
-    x, labels = blobs(90, 12, 3, spread=2.0)
-    support, candidates = supports(labels, 7, episodes=2), [1e-3, 1e-2, 1e-1, 1.0]
-    chosen = fewshot.choose_C(x, support, np.array(candidates))
-    for C, rows in zip(chosen, support):
-        losses = []
-        for candidate in candidates:
-            losses.append(0.0)
-            for fold in range(5):
-                out = np.arange(7) % 5 == fold
-                train, test = rows[:, ~out].flatten(), rows[:, out].flatten()
-                scaler = StandardScaler().fit(x[train])
-                oracle = LogisticRegression(C=candidate, tol=1e-9, max_iter=5000).fit(
-                    scaler.transform(x[train]), labels[train])
-                p = oracle.predict_proba(scaler.transform(x[test]))
-                losses[-1] -= np.log(p[np.arange(len(test)), labels[test]]).sum()
-        assert C == candidates[np.argmin(losses)]
-    assert (fewshot.choose_C(x, supports(labels, 1)) == 1).all()  # nothing to leave out
-
-
-@pytest.mark.parametrize("shots", [1, 3, 8])
-def test_nearest_mean_and_neighbours_against_loops(shots):
-    x, labels = blobs(80, 6, 4, spread=1.5)
-    support = supports(labels, shots)
-    mean, neighbours = fewshot.nearest_mean(x, support), fewshot.nearest_neighbours(x, support)
-    unit = (x / x.norm(dim=1, keepdim=True)).numpy()
-    for e, rows in enumerate(support.numpy()):
-        for i in range(80):
-            distances = [np.linalg.norm(unit[i] - unit[images].mean(0)) for images in rows]
-            assert mean[e, i] == np.argmin(distances)
-            nearest = sorted(rows.flatten(), key=lambda j: -unit[i] @ unit[j])[:min(shots, 5)]
-            votes = np.zeros(4)
-            for j in nearest:
-                votes[labels[j]] += np.exp(unit[i] @ unit[j] / 0.07)
-            assert neighbours[e, i] == np.argmax(votes)
-
-
-# ---------------------------------------------------------------- episodes
-
-def layout(name):
-    """Labels and groups of a few kinds of test set."""
-    rng = np.random.default_rng(1)
-    if name == "each image its own group":
-        return np.arange(40) % 4, np.arange(40)
-    if name == "patients of one class, unequal":
-        groups = rng.choice(24, 200, p=np.arange(1, 25) / 300)
-        groups = np.unique(groups, return_inverse=True)[1]
-        return groups % 3, groups
-    if name == "patients with all classes":
-        return np.arange(72) % 6, np.arange(72) // 12
-    if name == "patients with some classes":
-        return rng.integers(0, 3, 120), np.arange(120) // 8
-    groups = np.repeat(np.arange(24), [10, 1] * 12)  # 12 classes of two patients: one order in 4096 leaves 10 images
-    return groups // 2, groups
-
-
-LAYOUTS = ["each image its own group", "patients of one class, unequal", "patients with all classes",
-           "patients with some classes", "tight: all of a patient but one image"]
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("shots", [1, 5])
-def test_episode(name, shots):
-    labels, groups = layout(name)
-    counts = counts_of(labels, groups)
-    fewshot.check_shots(counts, shots, list("abcdefghijkl")[:counts.shape[1]])
-    for episode in range(20):
-        support, query = fewshot.draw_episode(labels, groups, counts, shots, 0, episode)
-        assert support.shape == (counts.shape[1], shots) and len(np.unique(support)) == support.size
-        assert (labels[support] == np.arange(counts.shape[1])[:, None]).all()
-        touched = np.isin(groups, groups[support])
-        assert (query == ~touched).all(), "the query is every image of the other groups, and no other"
-        assert set(labels[query]) == set(labels), "a class has no query image"
-        for label, images in enumerate(support):
-            used, times = np.unique(groups[images], return_counts=True)
-            free = counts[:, label].copy()
-            free[np.unique(groups[query])] = 0
-            if name in LAYOUTS[:2] and (counts[:, label] > 0).sum() > shots:
-                assert len(used) == shots, "two images of a patient though there are enough patients"
-            # in turn: a group gives one more than another only where the other has no more
-            assert all(times[i] >= times.max() - 1 or times[i] == counts[used[i], label] for i in range(len(used)))
-
-
-def test_episodes_depend_on_seed_shots_and_episode_alone():
-    labels, groups = layout("patients of one class, unequal")
-    counts = counts_of(labels, groups)
-
-    def draw(*key):
-        np.random.seed(len(key))  # global state is not read
-        return fewshot.draw_episode(labels, groups, counts, *key)[0].tolist()
-
-    assert draw(5, 0, 3) == draw(5, 0, 3)
-    assert len({str(sorted(draw(*key))) for key in ((5, 0, 3), (5, 0, 4), (5, 1, 3))}) == 3
-
-
-def test_every_image_and_group_gets_its_turn():
-    labels, groups = layout("patients of one class, unequal")
-    counts, seen, asked = counts_of(labels, groups), set(), set()
-    for episode in range(300):
-        support, query = fewshot.draw_episode(labels, groups, counts, 2, 0, episode)
-        seen.update(support.flatten().tolist())
-        asked.update(np.flatnonzero(query).tolist())
-    assert len(asked) == 200 and set(groups[list(seen)]) == set(groups)
-
-
-def test_largest_shots_in_the_message_is_the_largest_that_works():
-    rng = np.random.default_rng(2)
-    for _ in range(20):
-        groups = np.unique(rng.integers(0, 12, 60), return_inverse=True)[1]
-        labels = groups % 2
-        counts = counts_of(labels, groups)
-        largest = min((own.sum() - own[own > 0].min()) for own in counts.T)  # all but the smallest group of a class
-        fewshot.check_shots(counts, largest, ["a", "b"])
-        assert fewshot.draw_episode(labels, groups, counts, largest, 0, 0)[0].shape == (2, largest)
-        with pytest.raises(ValueError, match=f"--shots up to {largest} works"):
-            fewshot.check_shots(counts, largest + 1, ["a", "b"])
-
-
-def test_groups_of_labelled_sets(tmp_path):
-    """A patient met in two classes is one group; a class folder is no patient, whether a folder or a CSV names it."""
-    for name in ("brain/p1/0.png", "femur/p1/0.png", "femur/p2/0.png", "femur/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert list_images(str(tmp_path), labelled=True).groups == ["p1", "femur/3.png", "p1", "p2"]
-    csv = tmp_path / "a.csv"
-    csv.write_text("image,label\nA/1.png,a\nA/2.png,a\nB/1.png,b\n")
-    assert list_images(str(csv), labelled=True).groups == ["A/1.png", "A/2.png", "B/1.png"]
-    csv.write_text("image,label\np1/1.png,a\np1/2.png,b\np2/1.png,b\n")
-    assert list_images(str(csv), labelled=True).groups == ["p1", "p1", "p2"]
-
-
 # ---------------------------------------------------------------- scores
 
-def evaluate(features, labels, groups, shots=2, episodes=20):
-    args = argparse.Namespace(seed=0, episodes=episodes, C=1.0)
-    return fewshot.evaluate(features, labels, groups, counts_of(labels, groups), shots, args)
+def evaluate(features, labels, groups, shots=2, **more):
+    """Scores of {row: features (n, d) or a list of them, a file each}."""
+    args = argparse.Namespace(**{**dict(seed=0, episodes=20, C=1.0, finetune_episodes=10,
+                                        classifiers=["nearest_mean", "knn", "logreg"]), **more})
+    rows = {name: [(x[:, None], None) for x in (own if isinstance(own, list) else [own])]
+            for name, own in features.items()}
+    return fewshot.evaluate(rows, {}, labels, groups, counts_of(labels, groups), shots, args, CPU)
 
 
 def test_separable_features_score_one_and_noise_scores_chance():
@@ -226,14 +48,16 @@ def test_separable_features_score_one_and_noise_scores_chance():
     separable = torch.eye(3)[labels] + 0.01 * torch.randn(600, 3)
     noise = torch.randn(600, 8)
     results = evaluate({"pretrained": separable, "random init": noise, "pixels": noise}, labels, groups)
+    rows = {(name, column): replicates for name, _, cells in fewshot.lines_of(results)
+            for column, replicates in cells.items()}
     for classifier in ("nearest mean", "k-NN", "logreg"):
         for score in (0, 1):
             assert metrics.interval(results["pretrained", classifier][score]) == (1, 1, 1)
         _, low, high = metrics.interval(results["random init", classifier][0])
         assert low < 1 / 3 < high and high - low < 0.1
-        difference = results["pretrained - random init", classifier][0]
+        difference = rows["pretrained - random init", classifier][0]
         assert difference[0] == 1 - results["random init", classifier][0, 0]
-        assert (results["pretrained - pixels", classifier] == results["pretrained - random init", classifier]).all()
+        assert (rows["pretrained - pixels", classifier] == rows["pretrained - random init", classifier]).all()
 
 
 def test_scores_do_not_see_the_support():
@@ -242,6 +66,16 @@ def test_scores_do_not_see_the_support():
     labels = groups % 3
     results = evaluate({"group": torch.eye(30)[groups], "none": torch.ones(120, 2)}, labels, groups)
     assert results["group", "k-NN"][0, 0] == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_several_files_score_as_their_mean_on_the_same_episodes():
+    labels, groups = np.arange(90) % 3, np.arange(90)
+    a, b = (torch.eye(3)[labels] + spread * torch.randn(90, 3) for spread in (0.3, 1.5))
+    words = ["nearest_mean", "logreg", "linear"]
+    both = evaluate({"two": [a, b], "a": a, "b": b}, labels, groups, episodes=5, classifiers=words)
+    for column in ("nearest mean", "logreg", "linear probe"):
+        np.testing.assert_allclose(both["two", column], (both["a", column] + both["b", column]) / 2, atol=1e-12)
+    assert both["a", "logreg"][1, 0] > both["b", "logreg"][1, 0] + 0.1
 
 
 def test_table_is_narrow_and_records_are_complete():
@@ -257,25 +91,126 @@ def test_table_is_narrow_and_records_are_complete():
     assert len(list(fewshot.records(results, 5))) == 5 * 3 * 2
 
 
-# ---------------------------------------------------------------- features
+def test_a_table_of_five_classifiers_has_two_blocks_and_no_cell_for_what_was_not_scored():
+    half = np.tile(np.linspace(0.4, 0.6, 11), (2, 1))
+    results = {(name, column): half for name in ("a" * 90, "b - c", "pixels") for column in fewshot.CLASSIFIERS.values()
+               if (name, column) != ("pixels", "fine-tuned")}
+    lines = fewshot.table(results, 100, 0.5)
+    assert max(map(len, lines)) <= 120 and sum("chance" in line for line in lines) == 2
+    wide, narrow = lines[:len(lines) // 2], lines[len(lines) // 2:]
+    assert "logreg" in wide[1] and "fine-tuned" not in wide[1] and narrow[1].split("(")[1].split()[2:] == [
+        "linear", "probe", "fine-tuned"]
+    assert narrow[4].split() == ["pixels", "0.400", "[0.425,", "0.596]", "-"]
+    assert wide[3].split()[:4] == ["b", "-", "c", "0.400"], "a name is no difference"
+    assert len(list(fewshot.records(results, 5))) == 2 * (14 + 9)
 
-@pytest.mark.parametrize("in_chans, mean, std", [(1, 0.3, 0.2), (3, 0.3, 0.2), (3, (0.5, 0.4, 0.3), (0.2, 0.1, 0.3))])
-def test_features_are_class_token_and_mean_patch(in_chans, mean, std):
-    backbone = VisionTransformer(**{**CONFIG, "in_chans": in_chans}).eval()
-    images = [np.random.default_rng(i).integers(0, 255, (20 + i, 30), dtype=np.uint8) for i in range(5)]
-    (features, pixels), content, looks = fewshot.extract(5, lambda i: Frame(images[i], images[i]), 16, [backbone], mean, std, 2, "cpu")
-    assert content.tolist() == list(map(content_hash, images))
-    assert np.array_equal(looks, np.array(list(map(perceptual_hash, images))))
-    for i, image in enumerate(images):
-        x = torch.from_numpy(resize_square(image, 16).copy()) / 255
-        channels = [(x - m) / s for m, s in zip(np.broadcast_to(mean, in_chans), np.broadcast_to(std, in_chans))]
-        with torch.no_grad():
-            tokens = backbone.forward_features(torch.stack(channels)[None].float())
-        torch.testing.assert_close(features[i, :16], tokens["x_norm_clstoken"][0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(features[i, 16:], tokens["x_norm_patchtokens"][0].mean(0), atol=1e-5, rtol=1e-4)
-        thumbnail = torch.from_numpy(resize_square(image, fewshot.PIXELS_SIDE).copy()) / 255  # whatever the model takes
-        expected = (thumbnail.flatten() - np.mean(mean)) / np.mean(std)
-        torch.testing.assert_close(pixels[i], expected.float(), atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize("level, told", [(0.5, False), (0.62, True)])
+def test_whether_the_outside_tells_is_the_lower_end_over_chance(level, told):
+    noise = 0.03 * np.random.default_rng(0).normal(size=2001)
+    results = {(shots, name, "k-NN"): np.stack([value + noise, noise]) for shots, name, value in
+               [(1, "ours", 0.5), (5, "ours", level), (5, "pixels", 0.48)]}
+    sentence, found = fewshot.what_tells(results, 0.5)
+    assert found["told"] is told and ("is told" if told else "is not told") in sentence and "chance 0.500" in sentence
+    assert found["low"] == pytest.approx(np.percentile(results[found["shots"], "ours", "k-NN"][0][1:], 100 * 0.05 / 6))
+    constant = {key: np.full((2, 5), 1 / 3 + 1e-9) for key in results}  # one class for all: chance but for rounding
+    assert not fewshot.what_tells(constant, 1 / 3)[1]["told"]
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+FLAGS = ["--finetune_steps", "20", "--lr", "1e-2", "--layer_decay", "0.9", "--batch_size", "7"]
+
+
+def tuning_set():
+    """Canvases of two classes, dark or bright, that no frozen network is needed to tell; labels, groups, a File."""
+    labels = np.arange(24) % 2
+    noise = np.random.default_rng(0).integers(0, 60, (24, 16, 16))
+    torch.manual_seed(2)
+    file = fewshot.File("last.pt", VisionTransformer(**CONFIG).eval(), {"mean": 0.5, "std": 0.3, "digest": "a" * 64,
+                                                                       "path": "last.pt"}, 16)
+    return (noise + 180 * labels[:, None, None]).astype(np.uint8), labels, np.arange(24), file
+
+
+def test_fine_tuning_learns_and_starts_anew_in_every_episode():
+    canvases, labels, groups, file = tuning_set()
+    args, before = fewshot.get_args(FLAGS), runtime.cpu_copy(file.backbone.state_dict())
+    episodes = [fewshot.draw_episode(labels, groups, counts_of(labels, groups), 4, 0, i) for i in range(2)]
+
+    def tune(i):
+        return fewshot.fine_tuned(file, canvases, labels, groups, *episodes[i], 100 + i, args, CPU)
+
+    first, second = tune(0), tune(1)
+    for (_, query), predictions in zip(episodes, (first, second)):
+        assert (predictions[~query] == -1).all() and (predictions[query] == labels[query]).all()
+    assert all(torch.equal(value, before[key]) for key, value in file.backbone.state_dict().items())
+
+
+def test_episodes_in_any_order_give_the_same(monkeypatch):
+    """The very same loss after the last step, in whatever order, and another one with another seed."""
+    canvases, labels, groups, file = tuning_set()
+    args, losses, step = fewshot.get_args([*FLAGS, "--finetune_steps", "3"]), [], fewshot.classifier.train_step
+    monkeypatch.setattr(fewshot.classifier, "train_step", lambda *given: losses.append(step(*given)) or losses[-1])
+    episodes = [fewshot.draw_episode(labels, groups, counts_of(labels, groups), 4, 0, i) for i in range(2)]
+    for i, seed in ((0, 5), (1, 6), (1, 6), (0, 5), (0, 6)):
+        fewshot.fine_tuned(file, canvases, labels, groups, *episodes[i], seed, args, CPU)
+    a, b, b2, a2, c = torch.stack(losses).view(5, 3).tolist()
+    assert a == a2 and b == b2 and a != b and a != c
+
+
+def test_all_models_have_the_same_budget_and_batches(monkeypatch):
+    """Steps, batches, rates: of files and random networks alike, but random ones have no layer decay."""
+    canvases, labels, groups, file = tuning_set()
+    random = file._replace(path=None, info={**file.info, "digest": None, "path": "none"})
+    args = fewshot.get_args([*FLAGS, "--classifiers", "finetune", "--episodes", "3", "--finetune_episodes", "2",
+                             "--finetune_steps", "4"])
+    seen, step = {}, fewshot.classifier.train_step
+    seeds, build = [], fewshot.classifier.build
+    monkeypatch.setattr(fewshot.classifier, "build", lambda *given: seeds.append(given[2]) or build(*given))
+
+    def record(network, buffers, optimizer, x, targets, batch, lr, recipe):
+        rates = sorted({group["lr_multiplier"] for group in optimizer.param_groups})
+        seen.setdefault(tuple(rates), []).append((x.clone(), targets.clone(), batch, lr))
+        return step(network, buffers, optimizer, x, targets, batch, lr, recipe)
+
+    monkeypatch.setattr(fewshot.classifier, "train_step", record)
+    vectors = torch.randn(24, 1, 3)
+    rows = {"pretrained": [(vectors, file)], "random init": [(vectors, random)], "pixels": [(vectors, None)]}
+    results = fewshot.evaluate(rows, {16: canvases}, labels, groups, counts_of(labels, groups), 3, args, CPU)
+    assert set(results) == {("pretrained", "fine-tuned"), ("random init", "fine-tuned")}
+    (decayed, ours), (flat, scratch) = sorted(seen.items(), key=lambda item: len(item[0]), reverse=True)
+    assert len(ours) == len(scratch) == 2 * 4 and max(flat) == 1 and len(decayed) > len(flat)
+    for (x, targets, batch, lr), (x2, targets2, batch2, lr2) in zip(ours, scratch):
+        assert torch.equal(x, x2) and torch.equal(targets, targets2) and batch == batch2 == 6 and lr == lr2
+    assert [lr for *_, lr in ours[:4]] == runtime.cosine_schedule(1e-2, 0, 4).tolist()
+    assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1] and not torch.equal(ours[0][0], ours[4][0])
+
+
+def test_the_recipe_is_that_of_finetune_cls():
+    theirs, ours = vars(finetune_cls.get_args(["--data", "x"])), fewshot.get_args([])
+    assert fewshot.RECIPE == {key: theirs[key] for key in fewshot.RECIPE}
+    assert (ours.lr, ours.layer_decay) == (theirs["lr"], theirs["layer_decay"])
+
+
+# ---------------------------------------------------------------- which rows there are
+
+@pytest.mark.parametrize("flags, names", [
+    ([], ["pretrained", "random init"]), (["--ckpt", "x.pt"], ["pretrained", "random init"]),
+    (["--ckpt", "x.pt", "none"], ["pretrained", "random init"]), (["--ckpt", "none"], ["random init"]),
+    (["--ckpt", "ours=x.pt"], ["ours", "random init"]), (["--ckpt", "none", "x.pt"], ["random init", "pretrained"]),
+    (["--ckpt", "x.pt", "y.pt"], ["x.pt", "y.pt", "random init"]),
+    (["--ckpt", "x.pt", "scratch=none,none", "--features", "theirs=z.npz"], ["pretrained", "scratch"])])
+def test_rows(flags, names):
+    models, foreign = fewshot.list_rows(fewshot.get_args(flags))
+    assert [model.name for model in models] == names
+    assert foreign == ([("theirs", "z.npz")] if "--features" in flags else [])
+
+
+def test_random_networks_of_one_row_differ():
+    models, _ = fewshot.list_rows(fewshot.get_args(["--ckpt", "none=none,none"]))
+    like = {"config": CONFIG, "mean": 0.3, "std": 0.2}
+    a, b = fewshot.open_files(models, like, 20, seed=0)["none"]
+    assert not torch.equal(a.backbone.cls_token, b.backbone.cls_token) and a.size == b.size == 16
 
 
 # ---------------------------------------------------------------- the command
@@ -315,11 +250,18 @@ def run(folder, *flags):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
+def score(folder, monkeypatch, capsys, *flags):
+    """main() in a folder, in this process: what it prints and writes."""
+    monkeypatch.chdir(folder)
+    fewshot.main(fewshot.get_args([str(flag) for flag in flags]))
+    return capsys.readouterr().out, json.loads((folder / "fewshot.json").read_text())
+
+
 def test_the_documented_command(tmp_path):
     save_backbone(tmp_path / "last.pt", seen=seen_images(phantom.phantom_images(1200, seed=0)[0]))
     done = run(tmp_path, "--ckpt", "last.pt", "--shots", "5")
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "none of the 1,200 test images" in done.stdout and "a smoke test" in done.stdout
+    assert done.stdout.startswith("none of the 1,200 test images") and "a smoke test" in done.stdout
     assert "1 shot:" not in done.stdout and "5 shots:" in done.stdout
 
     def refuse(constant):
@@ -330,21 +272,66 @@ def test_the_documented_command(tmp_path):
     assert len(report["results"]) == 30 and report["test_set"]["in_pretraining_set"]["seen"] == 0
     features = {record["features"] for record in report["results"]}
     assert features == {"pretrained", "random init", "pixels", "pretrained - random init", "pretrained - pixels"}
+    assert sorted(os.listdir(tmp_path)) == ["fewshot.json", "last.pt"], "phantoms are not cached, one point is no curve"
 
 
-def test_a_folder_twice_gives_the_same_numbers_and_says_what_was_seen_before(tmp_path):
+def test_a_folder_twice_gives_the_same_numbers_and_says_what_was_seen_before(tmp_path, monkeypatch, capsys):
     folder = save_images(tmp_path / "set")
     first = load_grey(folder / "brain" / "p00" / "0.png")
     save_backbone(tmp_path / "last.pt", seen=seen_images([first]))
     flags = ("--data", folder, "--shots", 1, 2, "--episodes", 5, "--C", "support")
-    done, again = run(tmp_path, *flags), run(tmp_path, *flags)  # the second overwrites the first's fewshot.json
-    assert done.returncode == again.returncode == 0, done.stderr + again.stderr
-    assert done.stdout == again.stdout
-    assert done.stdout.startswith("transductive: 1 of 16 test images")
-    assert "16 images, 2 classes, 8 groups by parent folder, 5 episodes" in done.stdout
-    assert "smoke test" not in done.stdout and "p00" not in done.stdout
-    bright = next(line for line in done.stdout.split("\n") if line.strip().startswith("pixels"))
+    out, report = score(tmp_path, monkeypatch, capsys, *flags)
+    # the second overwrites the first's fewshot.json, and reads its features
+    assert score(tmp_path, monkeypatch, capsys, *flags) == (out, report) and len(os.listdir(tmp_path / "features")) == 1
+    assert out.startswith("transductive: 1 of 16 test images")
+    assert "16 images, 2 classes, 8 groups by parent folder, 5 episodes" in out
+    assert "smoke test" not in out and "p00" not in out
+    bright = next(line for line in out.split("\n") if line.strip().startswith("pixels"))
     assert "1.000 [1.000, 1.000]" in bright
+    for name in ("nearest_mean", "k-NN", "logreg"):
+        with Image.open(tmp_path / f"fewshot-{name}.png") as picture:
+            assert picture.size[0] > 1000
+
+
+def test_several_models_with_one_by_its_vectors(tmp_path, monkeypatch, capsys):
+    """Vectors written from a checkpoint score as it does; files of a row are averaged; a split is a smaller pool."""
+    folder = save_images(tmp_path / "set")
+    found = read_labelled(str(folder))
+    rows = "".join(f"set/{name},{label},{group},{('train', 'test')[int(group[-1]) % 2]}\n"
+                   for name, label, group in zip(found.names, found.labels, found.groups))
+    (tmp_path / "a.csv").write_text("image,label,group,split\n" + rows)
+    save_backbone(tmp_path / "last.pt")
+    save_backbone(tmp_path / "late.pt", step=13, seen=None)
+    backbone, info = fewshot.open_backbone(str(tmp_path / "last.pt"), None, None, 0)
+    canvases = fewshot.Images(16, lambda i: fewshot.read_image(found.paths[i])).at(16)
+    vectors = fewshot.few_shot_vector(fewshot.cached_features(backbone, info, canvases, 4, CPU, None))
+    np.savez(tmp_path / "x.npz", name=["set/" + name for name in found.names], vector=vectors)
+    flags = ("--data", tmp_path / "a.csv", "--ckpt", "ours=last.pt", "both=last.pt,late.pt", "--features",
+             "theirs=x.npz", "--shots", 2, "--episodes", 4, "--classifiers", "nearest_mean", "linear", "logreg",
+             "finetune", "--finetune_steps", 2, "--finetune_episodes", 2)
+    out, report = score(tmp_path, monkeypatch, capsys, *flags)
+    assert "16 images, 2 classes, 8 groups by group column" in out and "mean over episodes and files" in out
+    assert "both, late.pt: cannot tell" in out and "ours, last.pt: none of the 16" in out
+    assert [(own["model"], own["path"], own["step"]) for own in report["checkpoints"]] == [
+        ("ours", "last.pt", 12), ("both", "last.pt", 12), ("both", "late.pt", 13)]
+    value = {(own["features"], own["classifier"], own["score"]): own["estimate"] for own in report["results"]}
+    for classifier in ("nearest mean", "logreg"):  # late.pt has the weights of last.pt
+        for name in ("theirs", "both"):
+            assert value[name, classifier, "macro F1"] == pytest.approx(value["ours", classifier, "macro F1"], abs=1e-6)
+            assert value[f"ours - {name}", classifier, "macro F1"] == pytest.approx(0, abs=1e-6)
+    tuned = {name for name, classifier, _ in value if classifier == "fine-tuned"}
+    assert tuned == {"ours", "both", "random init", "ours - both", "ours - random init"}
+    out, report = score(tmp_path, monkeypatch, capsys, *flags[:2], "--split", "test", "--shots", 1, "--episodes", 2)
+    assert "8 images, 2 classes, 4 groups" in out and report["args"]["ckpt"] == ["last.pt"]
+
+
+def test_outside_the_fan_of_phantoms_is_nothing(tmp_path, monkeypatch, capsys):
+    save_backbone(tmp_path / "last.pt")
+    monkeypatch.setattr(fewshot, "PHANTOM_IMAGES", 120)
+    out, report = score(tmp_path, monkeypatch, capsys, "--outside_fan", "--episodes", 5, "--shots", 2)
+    assert "outside the fan: 120 of 120 images" in out and "the label is not told" in out
+    assert report["outside_fan"]["told"] is False and report["outside_fan"]["images_with_outside"] == 120
+    assert report["outside_fan"]["estimate"] == pytest.approx(1 / 6, abs=0.04)
 
 
 def broken_csv(folder):
@@ -357,6 +344,12 @@ def broken_csv(folder):
 def unknown_column(folder):
     save_images(folder)
     (folder / "a.csv").write_text("image,label,patient\nbrain/p00/0.png,brain,1\n")
+    return folder / "a.csv"
+
+
+def train_csv(folder):
+    save_images(folder)
+    (folder / "a.csv").write_text("image,label,split\nbrain/p00/0.png,brain,train\n")
     return folder / "a.csv"
 
 
@@ -383,27 +376,44 @@ ERRORS = {  # flags, functions of a folder among them; words of the sentence
                        ["--shots 7", "'brain'", "8 images", "4 groups", "up to 6 works"]),
     "one class": (["--data", lambda folder: save_images(folder, ["brain"])], ["one class", "'brain'", "two"]),
     "one group": (["--data", lambda folder: save_images(folder, patients=1)], ["1 groups", "further groups"]),
-    "missing image": (["--data", broken_csv, "--shots", 1], ["9.png", "No such file", "--exclude"]),
+    "missing image": (["--data", broken_csv, "--shots", 1], ["a.csv, line 3", "9.png", "No such file", "--exclude"]),
     "unknown column": (["--data", unknown_column], ["image,label,patient", "expected image,label[,group]"]),
     "no data": (["--data", "nowhere"], ["nowhere: no such file or folder"]),
     "bad regex": (["--data", save_images, "--group_regex", "(p"], ["--group_regex", "unterminated"]),
-    "size": (["--img_size", 20], ["--img_size 20", "patch size 8"]),
     "foreign json": (["--json", foreign_json], ["notes.json", "not written by fewshot.py"]),
     "json nowhere": (["--json", "nowhere/a.json"], ["nowhere/a.json", "folder"]),
     "unknown flag": (["--shot", 5], ["unrecognized arguments: --shot"]),
     "no shots": (["--shots", 0], ["at least 1"]),
     "bad C": (["--C", "-1"], ["argument --C", "positive number or 'support'"]),
+    "no steps": (["--finetune_steps", 0], ["--finetune_steps must be at least 1"]),
+    "no rate": (["--lr", 0], ["--lr and --layer_decay above 0"]),
+    "classifier": (["--classifiers", "svm"], ["invalid choice: 'svm'"]),
+    "two of a name": (["--ckpt", "last.pt", "pixels=last.pt"], ["two models are called 'pixels'"]),
+    "features": (["--features", "no.npz"], ["--features no.npz", "No such file"]),
+    "png nowhere": (["--png", "nowhere/a.png"], ["nowhere/a.png", "folder"]),
+    "no splits": (["--data", save_images, "--split", "test"], ["--split test", "no such split; there is none"]),
+    "other splits": (["--data", train_csv, "--split", "test"], ["--split test", "there are train"]),
+    "split of nothing": (["--split", "test"], ["need --data"]),
     "exclude of nothing": (["--exclude", "*"], ["need --data"]),
 }
 
 
 @pytest.mark.parametrize("flags, words", ERRORS.values(), ids=ERRORS)
-def test_bad_input_is_one_sentence(tmp_path, flags, words):
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, flags, words):
     save_backbone(tmp_path / "last.pt")
     (tmp_path / "set").mkdir()
-    done = run(tmp_path, *(flag(tmp_path / "set") if callable(flag) else flag for flag in flags))
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and not done.stdout
-    sentence = done.stderr.strip().split("\n")[-1]  # argparse puts its usage above
-    assert sentence.startswith("fewshot.py: error: ") and all(word in sentence for word in words), done.stderr
+    flags = [str(flag(tmp_path / "set") if callable(flag) else flag) for flag in flags]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left, runtime.clear_errors():
+        fewshot.main(fewshot.get_args(flags))
+    out, error = capsys.readouterr()
+    assert left.value.code == 2 and not out
+    sentence = error.strip().split("\n")[-1]  # argparse puts its usage above
+    assert ": error: " in sentence and all(word in sentence for word in words), error
     assert not (tmp_path / "fewshot.json").exists()
+
+
+def test_an_error_leaves_no_traceback(tmp_path):
+    done = run(tmp_path, "--ckpt", "other.pt")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("fewshot.py: error: other.pt: no such checkpoint") and done.stderr.count("\n") == 1

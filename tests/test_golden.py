@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kernels
+import losses
 import pretrain
 from kernels import cross_entropy, sinkhorn, softmax_center, update_center
 from model import DINOHead, VisionTransformer, parameter_groups
@@ -114,7 +115,7 @@ def test_center_update(logits, after):
 @pytest.mark.parametrize("name", ["koleo", "koleo_dup"])
 def test_koleo(name):
     z = golden("losses")
-    assert_agree(pretrain.koleo_loss(z[f"{name}_x"], torch.arange(16)), z[name], name)
+    assert_agree(losses.koleo_loss(z[f"{name}_x"], torch.arange(16)), z[name], name)
 
 
 @pytest.mark.parametrize("ops", ["references", "kernels"])  # kernels: through the interpreter, called as training does
@@ -132,9 +133,9 @@ def test_whole_step(centering, ops):
     micro = dict(global_crops=z["global_crops"], local_crops=z["local_crops"], masks=masks, groups=torch.arange(b),
                  mask_indices=masks.flatten().nonzero()[:, 0],
                  mask_weight=(masks / masks.sum(1, keepdim=True).clamp(min=1))[masks])
-    (class_target, ), (patch_target, ) = pretrain.teacher_targets(
+    (class_target, ), (patch_target, ) = losses.teacher_targets(
         teacher, [micro], z["center"].expand(2, -1), temp, centering)[0]
-    (dino, ibot, koleo), local = pretrain.student_losses(student, micro, class_target, patch_target, temp, b)
+    (dino, ibot, koleo), local = losses.student_losses(student, micro, class_target, patch_target, temp, b)
     for ours, name in ((local, "dino_local"), (dino - local, "dino_global"), (ibot, "ibot"),
                        (0.1 * koleo, "koleo_weighted"), (dino + ibot + 0.1 * koleo, "total")):
         assert_agree(ours, z[f"{centering}/{name}"], name)

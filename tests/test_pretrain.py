@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import data
+import losses
 import pretrain
 import runtime
 from model import parameter_groups
@@ -153,7 +154,7 @@ def test_koleo_duplicates_count_but_do_not_blow_up_the_step():
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).double()
     x[:5] = x[0]  # five identical frames
     x.requires_grad_(True)
-    loss = pretrain.koleo_loss(x, torch.arange(16))
+    loss = losses.koleo_loss(x, torch.arange(16))
     loss.backward()
     assert loss > 3 and x.grad.isfinite().all()  # 5 of 16 rows at log 1e-8
     assert (x.grad[1:5].norm(dim=1) == 0).all() and x.grad.norm() < 1
@@ -165,8 +166,8 @@ def test_koleo_ignores_siblings():
     x = torch.nn.functional.normalize(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), dim=1)
     groups = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 4, 4, 4, 5])
     nearest = [min((x[i] - x[j]).norm().item() for j in range(12) if groups[j] != groups[i]) for i in range(12)]
-    assert pretrain.koleo_loss(x, groups).item() == pytest.approx(-np.log(nearest).mean(), rel=1e-4)
-    assert pretrain.koleo_loss(x, torch.zeros(12)) == 0  # nobody has a neighbour
+    assert losses.koleo_loss(x, groups).item() == pytest.approx(-np.log(nearest).mean(), rel=1e-4)
+    assert losses.koleo_loss(x, torch.zeros(12)) == 0  # nobody has a neighbour
 
 
 def test_koleo_is_averaged_over_micro_batches():
@@ -176,7 +177,7 @@ def test_koleo_is_averaged_over_micro_batches():
     micros = [{k: v.double() if v.is_floating_point() else v for k, v in micro.items()} for micro in micros]
     with torch.no_grad():
         tokens = [student.backbone.forward_features(m["global_crops"], m["masks"])["x_norm_clstoken"] for m in micros]
-        each = [pretrain.koleo_loss(cls[:4], m["groups"]) + pretrain.koleo_loss(cls[4:], m["groups"])
+        each = [losses.koleo_loss(cls[:4], m["groups"]) + losses.koleo_loss(cls[4:], m["groups"])
                 for cls, m in zip(tokens, micros)]
     stats = pretrain.train_step(student, teacher, optimizer, buffers, torch.zeros(2, 32).double(), micros,
                                 dict(lr=1e-3, weight_decay=0, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False),
@@ -187,8 +188,8 @@ def test_koleo_is_averaged_over_micro_batches():
 def test_koleo_is_float32_under_autocast():
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        inside = pretrain.koleo_loss(x, torch.arange(16))
-    assert torch.equal(inside, pretrain.koleo_loss(x, torch.arange(16)))
+        inside = losses.koleo_loss(x, torch.arange(16))
+    assert torch.equal(inside, losses.koleo_loss(x, torch.arange(16)))
 
 
 def test_target_health_tells_collapse_from_learning():
@@ -197,7 +198,7 @@ def test_target_health_tells_collapse_from_learning():
     def health(features):
         features = features.unflatten(0, (2, -1)).transpose(0, 1)  # (images, crops, 8)
         logits = features @ prototypes.T / 0.01
-        return pretrain.target_health((features, prototypes, zero, torch.logsumexp(logits, 2)), 0.01)
+        return losses.target_health((features, prototypes, zero, torch.logsumexp(logits, 2)), 0.01)
 
     different = torch.eye(8).repeat(2, 1)  # 8 images, each its own prototype; two crops
     entropy, information = health(different)
@@ -255,14 +256,14 @@ def test_patches_without_tissue_are_no_rows_of_the_targets(centering):
     centers = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 10
 
     def outcome(micro):
-        (class_rows, patch_rows), new = pretrain.teacher_targets(teacher, [micro], centers, 0.05, centering)
+        (class_rows, patch_rows), new = losses.teacher_targets(teacher, [micro], centers, 0.05, centering)
         (_, _, a, r), = patch_rows
-        losses, _ = pretrain.student_losses(student, micro, class_rows[0], patch_rows[0], 0.05, 16)
-        return a, r, new[1], losses
+        terms, _ = losses.student_losses(student, micro, class_rows[0], patch_rows[0], 0.05, 16)
+        return a, r, new[1], terms
 
-    a, r, center, losses = outcome(micro)
+    a, r, center, terms = outcome(micro)
     assert (r[~counted] == math.inf).all()
-    for ours, want in zip((a, r[counted], center, losses), outcome(alone)):
+    for ours, want in zip((a, r[counted], center, terms), outcome(alone)):
         assert torch.allclose(ours, want, rtol=1e-5, atol=1e-6)
     other = outcome(everyone)  # with all masked patches it is another batch
     assert not torch.allclose(center, other[2], atol=1e-4) or not torch.allclose(a, other[0], atol=1e-3)
@@ -304,7 +305,7 @@ def test_half_precision_stays_where_it_belongs():
     buffers, centers, optimizer = pretrain.build_state(student, teacher, args)
     micros = data.to_device(data.PretrainBatches(FakePack(), args)[0], torch.device("cpu"), args, 0.5, 0.25)
     with torch.autocast("cpu", torch.bfloat16):
-        (class_rows, patch_rows), new_centers = pretrain.teacher_targets(teacher, micros, centers, 0.05, "centering",
+        (class_rows, patch_rows), new_centers = losses.teacher_targets(teacher, micros, centers, 0.05, "centering",
                                                                          torch.bfloat16)
     valid = micros[0]["mask_weight"] > 0
     for center, (features, prototypes, _, r), real in zip(new_centers, (class_rows[0], patch_rows[0]), (slice(None), valid)):
@@ -314,6 +315,6 @@ def test_half_precision_stays_where_it_belongs():
     seen = []
     student.backbone.pos_embed.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
     pretrain.train_step(student, teacher, optimizer, buffers, centers, micros,
-                        dict(lr=1e-3, weight_decay=0, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False), args, 4,
-                        [None])
+                        dict(lr=1e-3, weight_decay=0, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False,
+                             freeze_backbone=False), args, 4, [None])
     assert seen == [False]

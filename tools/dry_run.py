@@ -85,13 +85,13 @@ def step(student, teacher, state, batch, args, device):
     return micros[0], drops[0]
 
 
-def predict(args):
-    """(peak bytes, FLOPs) of a step, by a second step: the optimizer's moments are there."""
+def predict(args, start=None):
+    """(peak bytes, FLOPs) of a step, by a second step: the optimizer's moments are there. start: open_init's."""
     args = SimpleNamespace(**{**vars(args), "compile": False})
     images, cpu = args.batch_size_per_gpu, torch.device("cpu")
     batch, fake = noise_batch(args, images), FakeTensorMode()
     with FakeCopyMode(fake):
-        student, teacher = copy.deepcopy(pretrain.build_networks(args, cpu))
+        student, teacher = copy.deepcopy(pretrain.build_networks(args, cpu, start))
     with fake, Cost() as cost:
         batch = [{key: fake.from_tensor(value) for key, value in micro.items()} for micro in batch]
         state = pretrain.build_state(student, teacher, args)
@@ -103,10 +103,10 @@ def predict(args):
     return cost.peak, cost.flops
 
 
-def measure(args, device):
+def measure(args, device, start=None):
     """Images per second of real steps, the first one (it compiles kernels) left out."""
     images = args.batch_size_per_gpu if device.type == "cuda" else min(args.batch_size_per_gpu, CPU_IMAGES)
-    student, teacher = pretrain.build_networks(args, device)
+    student, teacher = pretrain.build_networks(args, device, start)
     state, batch, steps = pretrain.build_state(student, teacher, args), noise_batch(args, images), -1
     while steps < 1 or time.monotonic() - since < MEASURED_SECONDS:
         step(student, teacher, state, batch, args, device)
@@ -123,10 +123,12 @@ def dry_run(args):
     if world_size > 1:
         raise ValueError("--dry_run is for one process: start it with python, not torchrun")
     kernels.use_reference(args.reference_ops)
-    network = pretrain.build_networks(SimpleNamespace(**{**vars(args), "compile": False}), torch.device("meta"))[0]
+    start = pretrain.open_init(args, MEAN, STD) if args.init else None
+    plain = SimpleNamespace(**{**vars(args), "compile": False})
+    network, _ = pretrain.build_networks(plain, torch.device("meta"), start)
     backbone, heads = (sum(p.numel() for p in module.parameters()) for module in (
         network.backbone, torch.nn.ModuleList(m for m in network.children() if m is not network.backbone)))
-    peak, flops = predict(args)
+    peak, flops = predict(args, start)
     images = args.batch_size_per_gpu
     print(f"{args.arch}: {backbone:,} parameters in the backbone, {heads:,} in the heads")
     print(f"{flops / images / 1e9:.1f} GFLOP per image, forward and backward of student, forward of teacher, drop path "
@@ -134,7 +136,7 @@ def dry_run(args):
     print(f"predicted peak memory {peak / 2 ** 30:.1f} GiB per process at batch_size_per_gpu {images}, {args.dtype}; keep a "
           f"tenth more free for the allocator and the libraries")
     print(f"measuring on {device} ({kernels.mode(device)}), without the data loader ...", flush=True)
-    rate = measure(args, device)
+    rate = measure(args, device, start)
     print(f"measured {rate:.1f} images/s, {rate * flops / images / 1e12:.2f} TFLOP/s")
     if device.type == "cuda":
         print(f"measured peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")

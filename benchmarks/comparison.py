@@ -1,0 +1,93 @@
+"""Is pretraining worth it? Pretrained on real frames against the same network from scratch and at random, on a CPU:
+writes benchmarks/results/comparison.md.
+
+    python benchmarks/comparison.py DATA OUT --pretrain
+    python benchmarks/comparison.py DATA OUT
+
+DATA as for real_cpu.py, with the same hold-outs: 40 % of pocus' videos and of busi's images are the test sets, and no
+pretraining sees them, nor their copies. The rest are pretrained on, unlabelled, together with hc18, three times; its labels
+are for training and validation. Three runs of every model. The same command again goes on where it stopped.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+from real_cpu import FLAGS, GROUP, MASKS, hold_out_both  # first: it puts the project on the path
+from lists import read_labelled
+from record import ROOT, record
+from runtime import load_checkpoint
+
+SEEDS = 3
+PROTOCOLS = {"tune": ["--preset", "cpu", "--epochs", "40"], "linear": ["--linear", "--linear_steps", "3000"], "knn": ["--knn"]}
+
+
+def write_splits(images, test, path):
+    """CSV image,label,group,split of a whole set: what the CSV `test` lists is its test part, the rest its train part."""
+    with open(test, newline="") as file:
+        held_out = {row["image"] for row in csv.DictReader(file)}
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "group", "split"])
+        for image, label, group in zip(map(os.path.abspath, images.paths), images.labels, images.groups):
+            writer.writerow([image, label, group, "test" if image in held_out else "train"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("data", metavar="DATA", help="folder with busi, pocus and hc18")
+    parser.add_argument("out", metavar="OUT", help="folder for lists, pack, checkpoints and results")
+    parser.add_argument("--pretrain", action="store_true", help="pretrain only; without it: score what was pretrained")
+    parser.add_argument("--total_samples", default="30000", help="images seen in each pretraining")
+    args = parser.parse_args()
+    data, out = args.data, args.out
+    os.makedirs(out, exist_ok=True)
+    tests = hold_out_both(data, out)
+    sets = {"busi": read_labelled(f"{data}/busi", exclude=MASKS),
+            "pocus": read_labelled(f"{data}/pocus/labels.csv")}
+    for name, images in sets.items():
+        write_splits(images, tests[name], f"{out}/{name}.csv")
+
+    folders = [f"{out}/seed{seed}" for seed in range(SEEDS)]
+    training = [["python", "pack.py", data, f"{out}/frames.pack", "--exclude", *MASKS, "--group_regex", GROUP, "--holdout",
+                 *tests.values(), *FLAGS[:2]]]
+    training += [["python", "pretrain.py", "--data", f"{out}/frames.pack", "--output_dir", folder, "--seed", str(seed),
+                  "--total_samples", args.total_samples, "--flip", "horizontal", "--num_workers", "1", *FLAGS[2:]]
+                 for seed, folder in enumerate(folders)]
+    if args.pretrain:
+        for words in training:
+            subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
+        return
+    files, scoring = ",".join(f"{folder}/last.pt" for folder in folders), []
+    for name in sets:
+        for protocol, flags in PROTOCOLS.items():
+            random = "scratch" if protocol == "tune" else "random"
+            scoring.append(["python", "finetune_cls.py", "--data", f"{out}/{name}.csv", "--ckpt", f"pretrained={files}",
+                            f"{random}=" + ",".join(["none"] * SEEDS), *flags, "--output_dir", f"{out}/{name}_{protocol}",
+                            "--cache", f"{out}/features", "--latex", f"{out}/{name}_{protocol}.tex"])
+        shots = ["python", "fewshot.py", "--ckpt", f"pretrained={files}", "random=" + ",".join(["none"] * SEEDS), "--data",
+                 tests[name], "--shots", "1", "5", "10", "--cache", f"{out}/features"]
+        scoring.append([*shots, "--json", f"{out}/{name}.json"])
+        scoring.append([*shots, "--outside_fan", "--json", f"{out}/{name}_outside.json"])
+    before = ["The networks were pretrained before, by `python benchmarks/comparison.py DATA OUT --pretrain`, which is:", "", "```",
+              *(f"$ {shlex.join(words)}" for words in training), "```", "",
+              *(f"- {folder}/last.pt: {made(folder)}" for folder in folders)]
+    record(ROOT / "benchmarks/results/comparison.md", "Pretrained, from scratch and at random, on real frames", scoring,
+           [(os.path.abspath(data), "DATA"), (data, "DATA"), (os.path.abspath(out), "OUT"), (out, "OUT")], before)
+
+
+def made(folder):
+    """What a checkpoint and its log say of their making."""
+    checkpoint = load_checkpoint(f"{folder}/last.pt")
+    with open(f"{folder}/log.jsonl") as file:
+        last = json.loads(file.readlines()[-1])
+    return (f"commit {checkpoint['commit']}, torch {checkpoint['torch']}, step {checkpoint['step']}, "
+            f"{checkpoint['samples']:,} samples, loss {last['loss']:.3f}, dino {last['dino']:.3f}, ibot {last['ibot']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+"""Classification: fine-tune, probe or ask the neighbours of several backbones, and compare them in one table.
+
+Each model sees the same images, splits and budget, is chosen by validation macro F1, and is scored once on the test
+groups: means over runs with 95 % intervals, and paired tests against the first one. After UltraDINO, sections on
+FETAL_PLANES_DB; linear probe and k-NN after DINOv2's evaluation.
+
+    python finetune_cls.py                                              # last.pt and from scratch, on phantoms
+    python finetune_cls.py --data FETAL_PLANES_DB --ckpt last.pt none dinov2_vitb14_reg4_pretrain.pth --seeds 3
+    torchrun --nproc_per_node 8 finetune_cls.py --data LABELLED.csv --ckpt last.pt none
+    python finetune_cls.py --data LABELLED.csv --ckpt last.pt none --linear --predictions nnunet=THEIRS.csv
+"""
+
+import argparse
+import collections
+import csv
+import filecmp
+import hashlib
+import os
+import re
+import shlex
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import classifier
+import phantom
+import runtime
+from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models, named_files,
+                       open_backbone, own_size)
+from exchange import read_features, read_predictions
+from features import BLOCKS, Images, cached_features, read_image
+from images import Frame
+from kernels import all_reduce
+from leakage import overlap
+from lists import LabelledSet, check_splits, read_labelled, split_groups
+from model import SIZES
+from plots import confusion_png
+from probes import knn, linear_grid, validation_f1
+from report import (STATISTICS, by_column, by_table, check_output, compare, detectable_sentence, latex, table,
+                    write_json, write_text)
+
+PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 2_000_000, 1200, 64  # none of pretraining's phantoms, nor of fewshot.py's
+SCRIPT = "finetune_cls.py"
+PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes on two cores
+    "ultradino": {},
+    "cpu": dict(arch="vit_micro", epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, layer_decay=0.9,
+                linear_steps=1000),
+}
+# may differ between a run and its resumption; what the images and checkpoints are is checked by their digests
+NOT_RECIPE = {"data", "exclude", "group_regex", "by", "ckpt", "features", "predictions", "seeds", "output_dir", "latex",
+              "cache", "save_every", "preset", "linear", "knn", "linear_steps", "eval_batch_size"}
+
+# images (n,): names, labels (ints into classes), groups; indices of the parts; columns for --by; images: features.Images
+Data = collections.namedtuple("Data", "names labels classes groups grouped_by train val test columns images")
+
+
+def get_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with --data, else cpu")
+    first.add_argument("--data", help="folder with a folder per class, CSV image,label[,group][,split], or FETAL_PLANES_DB "
+                                      "as downloaded; without it phantom planes")
+    chosen, _ = first.parse_known_args(argv)
+    preset = chosen.preset or ("ultradino" if chosen.data else "cpu")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
+    # data
+    add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
+    add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
+    add("--by", nargs="+", default=[], metavar="COLUMN", help="score each value of these columns apart, e.g. US_Machine")
+    add("--split_seed", type=int, default=0, help="of the groups drawn for validation and test where the data name none")
+    add("--val_fraction", type=float, default=0.2, help="share of the train groups kept for validation if none is named")
+    add("--test_fraction", type=float, default=0.2, help="share of all groups kept for the test if none is named")
+    # models
+    add_arguments(p)
+    add("--predictions", nargs="+", default=[], metavar="NAME=FILE", help="another model's test predictions, .csv")
+    add("--arch", choices=SIZES, default="vit_small", help="of `none` where no file tells")
+    # protocol; without the next two: fine-tuning of the whole network
+    add("--linear", **flag, help="linear heads on frozen features, DINOv2's grid, the best on validation")
+    add("--knn", **flag, help="nearest neighbours on frozen features, k by validation")
+    add("--seeds", type=int, default=1, help="fine-tuning (or probe) seeds per file; their mean is scored")
+    add("--seed", type=int, default=0, help="the first of them, and of the statistics")
+    # fine-tuning
+    add("--epochs", type=int, default=200, help="the same for all models")
+    add("--batch_size", type=int, default=128, help="images per step over all processes")
+    add("--lr", type=float, default=1e-4, help="learning rate of the head and the last block")
+    add("--warmup_epochs", type=float, default=5.0, help="of the learning rate")
+    add("--layer_decay", type=float, default=0.65, help="rate factor per block towards the input; `none` has 1")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, but for biases, norms and LayerScale")
+    add("--drop_path_rate", type=float, default=0.0, help="share of images each block skips")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="brightness, gamma, noise, grid, flip")
+    add("--mixup", type=float, default=0.8, help="alpha of its Beta distribution, 0 for none")
+    add("--cutmix", type=float, default=1.0, help="alpha of its Beta distribution, 0 for none")
+    add("--smoothing", type=float, default=0.1, help="of labels")
+    add("--linear_steps", type=int, default=12_500, help="of --linear; 12,500 are DINOv2's")
+    # the run
+    add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
+    add("--eval_batch_size", type=int, default=64, help="images per forward pass where nothing is learned")
+    add("--output_dir", default="cls", help="where everything goes; the same command again resumes")
+    add("--save_every", type=int, default=10, help="epochs between checkpoints of a run")
+    add("--latex", metavar="FILE.tex", help="write the table and the methods text for a paper")
+    p.set_defaults(**PRESETS[preset], preset=preset)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    if args.linear and args.knn:
+        p.error("--linear and --knn are two protocols: one at a time")
+    if args.features and not (args.linear or args.knn):
+        p.error("--features are frozen: they need --linear or --knn; fine-tuned models join by --predictions")
+    if args.data is None and (args.exclude or args.group_regex or args.by):
+        p.error("--exclude, --group_regex and --by need --data: phantoms have no names")
+    for name, least in dict(seeds=1, seed=0, split_seed=0, epochs=1, batch_size=2, linear_steps=1, eval_batch_size=1,
+                            save_every=1, img_size=1, mixup=0, cutmix=0, warmup_epochs=0, weight_decay=0).items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < float("inf"):
+            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name in ("val_fraction", "test_fraction", "drop_path_rate", "smoothing"):
+        if not 0 <= getattr(args, name) < 1:
+            p.error(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}")
+    for name in ("lr", "layer_decay"):
+        if not 0 < getattr(args, name) < float("inf"):
+            p.error(f"--{name} must be positive, not {getattr(args, name)}")
+
+
+# ---------------------------------------------------------------- data
+
+def open_data(args):
+    """The labelled set, split by groups, and what was noticed, in sentences."""
+    if args.data is None:
+        canvases, labels, groups = phantom.phantom_images(PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED)
+        found = LabelledSet(None, [f"phantom {i}" for i in range(len(canvases))], [phantom.PLANES[i] for i in labels],
+                            [str(group) for group in groups], None, {}, "phantom patient")
+        images = Images(len(canvases), lambda i: Frame(canvases[i], canvases[i]))
+    else:
+        found = read_labelled(args.data, args.exclude, args.group_regex, args.by)
+        images = Images(len(found.paths), lambda i: read_image(found.paths[i]))
+    found = found._replace(splits=split_groups(found, args.split_seed, args.val_fraction, args.test_fraction))
+    notes = check_splits(found, found.splits)
+    classes, labels = np.unique(found.labels, return_inverse=True)
+    parts = [np.flatnonzero(np.array(found.splits) == part) for part in ("train", "val", "test")]
+    return Data(found.names, labels, classes.tolist(), np.array(found.groups), found.grouped_by, *parts, found.columns,
+                images), notes
+
+
+def digest_of(data, canvases):
+    """Of all that a run sees of the data: images, labels, parts."""
+    digest = hashlib.sha256(canvases)
+    for array in (data.labels, np.unique(data.groups, return_inverse=True)[1], data.train, data.val, data.test):
+        digest.update(np.ascontiguousarray(array, np.int64))
+    return digest.hexdigest()
+
+
+def write_split(data, path):
+    """CSV image,label,group,split: for whoever wants to train another model on the same parts."""
+    parts = {i: part for part in ("train", "val", "test") for i in getattr(data, part)}
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "group", "split"])
+        writer.writerows([name, data.classes[data.labels[i]], data.groups[i], parts[i]] for i, name in enumerate(data.names))
+    if os.path.exists(path) and not filecmp.cmp(f"{path}.tmp", path, shallow=False):
+        print(f"{path} is another split: kept as {runtime.rename_aside(path)}")
+    os.replace(f"{path}.tmp", path)
+
+
+def counts_line(data):
+    return ", ".join(f"{part} {len(own):,} images of {len(np.unique(data.groups[own])):,} groups"
+                     for part, own in (("train", data.train), ("validation", data.val), ("test", data.test)))
+
+
+# ---------------------------------------------------------------- one model
+
+def probe(features, data, args, seeds, device):
+    """Features (n, L + 1, C) -> class probabilities of the test images (runs, n, K), and what was chosen in each run."""
+    scores, chosen = [], []
+    for seed in seeds[:1] if args.knn else seeds:  # k-NN draws nothing
+        if args.knn:
+            found, how = knn(features, data.labels, data.train, data.val, len(data.classes))
+        else:
+            found, how = linear_grid(features, data.labels, data.train, data.val, len(data.classes), args.linear_steps,
+                                     args.batch_size, seed, device)
+        scores.append(found[torch.from_numpy(data.test)].numpy())
+        chosen.append(how)
+    return np.stack(scores), chosen
+
+
+def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, received):
+    """One run of full fine-tuning: (probabilities of the test images (n, K), epoch and validation score), or None if
+    it was stopped. `path` keeps its state, and at last its best epoch's weights."""
+    canvases = data.images.at(own_size(args.img_size, backbone))
+    stats, K, is_main = (info["mean"], info["std"]), len(data.classes), rank == 0
+    labels, groups = data.labels[data.train], data.groups[data.train]
+    batch, per_epoch = args.batch_size, len(data.train) // args.batch_size
+    steps = args.epochs * per_epoch
+    decay = 1.0 if info["digest"] is None else args.layer_decay  # nothing below is worth keeping
+    network, buffers, optimizer = classifier.build(backbone, K, seed, decay, device)
+    rates = classifier.learning_rates(args, steps, per_epoch)
+
+    # ---- resume ----
+    identity = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
+    identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
+                    layer_decay=decay, images=digest_of(data, canvases))
+    saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
+    best, start = {"f1": -1.0, "epoch": 0, "state": None}, 0
+    if saved and "scores" in saved:
+        return saved["scores"].numpy(), saved["best"]
+    if saved:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        best, start = saved["best"], saved["step"]
+
+    def save(step, **more):
+        if is_main:
+            runtime.save_checkpoint(path, {"step": step, "identity": identity, "best": best, **more})
+
+    # ---- loop ----
+    own = classifier.share(batch, rank, world_size)
+    total, since = torch.tensor(saved["total"] if saved else 0.0, device=device), time.monotonic()
+    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+    for step in range(start, steps):
+        indices = classifier.batch_indices(groups, seed, step, batch)[own]
+        x, targets = classifier.make_batch(canvases[data.train[indices]], labels[indices], own, seed, step, batch, K, args,
+                                           stats, device)
+        drops = classifier.draw_drops(backbone, len(x), x.shape[-1], seed, step, rank)
+        total += classifier.train_step(network, buffers, optimizer, x, targets, batch, rates[step], args, drops)
+        bar.update()
+        done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
+        if (stop or done % per_epoch == 0) and not total.isfinite():  # nothing that is not finite is ever saved
+            raise ValueError(f"{info['path']}, epoch {1 + step // per_epoch}: the loss is not finite; a lower --lr?")
+        if done % per_epoch == 0:
+            val = classifier.predict(network, canvases[data.val], stats, args.eval_batch_size, device, args.dtype, rank,
+                                     world_size)
+            f1 = float(validation_f1(val, data.labels[data.val]))
+            if f1 > best["f1"]:
+                best = {"f1": f1, "epoch": done // per_epoch, "state": runtime.cpu_copy(network.state_dict())}
+            if is_main:
+                runtime.log_line(log_path, bar, {"step": done, "epoch": done // per_epoch, "loss": total.item() / per_epoch,
+                                                 "validation macro F1": f1, "lr": float(rates[step])},
+                                 f"epoch {done // per_epoch}/{args.epochs} | loss {total.item() / per_epoch:.3f} | validation "
+                                 f"macro F1 {f1:.3f}, best {best['f1']:.3f} | {time.monotonic() - since:.0f} s")
+            total.zero_()
+        if stop or done % (args.save_every * per_epoch) == 0:
+            save(done, total=total.item(), network=runtime.cpu_copy(network.state_dict()), optimizer=optimizer.state_dict())
+        if stop:
+            bar.close()
+            return None
+    bar.close()
+
+    # ---- test, once, with the best epoch's weights ----
+    network.load_state_dict(best.pop("state"))
+    scores = classifier.predict(network, canvases[data.test], stats, args.eval_batch_size, device, args.dtype, rank, world_size)
+    state = runtime.cpu_copy(network.state_dict())
+    save(steps, scores=scores, classes=data.classes, config=info["config"], mean=info["mean"], std=info["std"],
+         teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
+         head={key: value for key, value in state.items() if key.startswith("head.")}, seen=info["seen"])
+    return scores.numpy(), best
+
+
+def slug(name):
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def run_models(models, data, args, device, rank, world_size, received):
+    """Every row of --ckpt: ({name: scores (runs, n, K)}, {name: [what was chosen, per run]}, {path: info}); stopped
+    early by a signal it returns None."""
+    scores, chosen, infos = {}, {}, {}
+    _, like = common_network(models, args.img_size)
+    for model in models:
+        runs, how = [], []
+        for number, path in enumerate(model.paths):
+            seeds = range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds)  # each run its own
+            if args.linear or args.knn:
+                for seed in seeds if path is None else seeds[:1]:  # random initialisation: a network per seed
+                    backbone, infos[path] = open_backbone(path, like, args.arch, seed)
+                    canvases = data.images.at(own_size(args.img_size, backbone))
+                    features = cached_features(backbone.to(device), infos[path], canvases, args.eval_batch_size, device,
+                                               args.cache)
+                    found, settings = probe(features, data, args, [seed] if path is None else seeds, device)
+                    runs, how = [*runs, *found], [*how, *settings]
+                continue
+            for seed in seeds:
+                backbone, infos[path] = open_backbone(path, like, args.arch, seed, args.drop_path_rate)
+                name = slug(model.name) + f"-{number}" * (len(model.paths) > 1) + f"-seed{seed}.pt"
+                if rank == 0:
+                    print(f"{model.name}: {infos[path]['path']} ({infos[path]['family']}), seed {seed}", flush=True)
+                found = fine_tune(backbone, infos[path], data, args, seed, os.path.join(args.output_dir, name), device, rank,
+                                  world_size, received)
+                if found is None:
+                    return None
+                runs, how = [*runs, found[0]], [*how, found[1]]
+        scores[model.name], chosen[model.name] = np.stack(runs).astype(np.float64), how
+    return scores, chosen, infos
+
+
+# ---------------------------------------------------------------- what is said about it
+
+def protocol(args):
+    if args.knn:
+        return "k nearest neighbours of the frozen class token (cosine, temperature 0.07), k by validation macro F1"
+    if args.linear:
+        return (f"linear heads on frozen features (SGD, {args.linear_steps:,} steps of {args.batch_size}; learning rate, "
+                f"last 1 or {BLOCKS} blocks, average pool: the best by validation macro F1)")
+    return (f"full fine-tuning for {args.epochs} epochs (AdamW, learning rate {args.lr:g}, batch {args.batch_size}, layer decay "
+            f"{args.layer_decay:g}, 1 from scratch, weight decay {args.weight_decay:g}, mixup {args.mixup:g}, cutmix "
+            f"{args.cutmix:g}, label smoothing {args.smoothing:g}, augmentation {'on' if args.augment else 'off'}), the "
+            f"epoch of the largest validation macro F1")
+
+
+def methods_text(found, data, args):
+    """What a paper must say, with the counts and arguments of this run."""
+    classes = "; ".join(f"{name} {', '.join(str((data.labels[part] == i).sum()) for part in (data.train, data.val, data.test))}"
+                        for i, name in enumerate(data.classes))
+    others = ", ".join(name for name, _ in named_files(args.predictions))
+    but = f" but {others}, of which the test predictions were given," if others else ""
+    return (f"{len(found['models'])} models were compared on {len(data.names):,} images of {len(np.unique(data.groups)):,} "
+            f"groups (by {data.grouped_by}): {counts_line(data)}; no group was in two parts. Images per class in train, "
+            f"validation, test: {classes}. Images were squashed to {args.img_size} pixels a side, or the nearest multiple of a "
+            f"model's patch size. All models{but} had the same protocol and budget: {protocol(args)}; {runs_text(found)}. "
+            f"{STATISTICS} {detectable_sentence(found)} Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}.")
+
+
+def runs_text(found):
+    return ", ".join(f"{name}: {model['runs']} run{'s' * (model['runs'] > 1)}" for name, model in found["models"].items())
+
+
+def main(args):
+    # ---- setup ----
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    frozen = args.linear or args.knn
+    if frozen and int(os.environ.get("RANK", 0)) > 0:
+        return  # frozen features are quick: one process makes them
+    args.ckpt = args.ckpt or default_models()
+    models = list_models(args.ckpt, "random init" if frozen else "from scratch")
+    foreign = named_files(args.features), named_files(args.predictions)
+    names = [model.name for model in models] + [name for files in foreign for name, _ in files]
+    check_names([slug(name) for name in names])  # what their files are called
+    args.img_size, _ = common_network(models, args.img_size, PHANTOM_SIZE if args.data is None else DEFAULT_SIZE)
+    data, notes = open_data(args)
+    test = [data.names[i] for i in data.test]
+    theirs = {name: read_predictions(path, test, data.classes) for name, path in foreign[1]}
+    vectors = {name: read_features(path, data.names) for name, path in foreign[0]}
+    args.batch_size = min(args.batch_size, len(data.train))
+    os.makedirs(args.output_dir, exist_ok=True)
+    json_path = os.path.join(args.output_dir, "finetune_cls.json")
+    check_output(json_path, "--output_dir's", SCRIPT)
+    if args.latex:
+        check_output(args.latex, "--latex", SCRIPT)
+    if frozen:
+        received, rank, world_size, device = [], 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        received, (rank, world_size, device) = runtime.stop_on_signals(), runtime.setup()
+        if (most := -(-args.batch_size // 2)) < world_size:  # neighbours are mixed: a process needs a pair
+            raise ValueError(f"{world_size} processes for batches of {args.batch_size} images (--batch_size, or all there "
+                             f"are to train): --nproc_per_node {most} is the most")
+    if rank == 0:
+        runtime.show_run(args, device, world_size)
+        print("\n".join([f"{len(data.names):,} images, {len(data.classes)} classes, groups by {data.grouped_by}: "
+                         f"{counts_line(data)}; no group is in two parts", *notes, protocol(args)]), flush=True)
+        write_split(data, os.path.join(args.output_dir, "split.csv"))
+
+    # ---- models ----
+    found = run_models(models, data, args, device, rank, world_size, received)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if found is None and rank == 0:
+        print("stopped before the end: the same command goes on")
+    if rank > 0 or found is None:
+        return
+    scores, chosen, infos = found
+    rows = {name: (value, True) for name, value in scores.items()}
+    for name, features in vectors.items():
+        value, chosen[name] = probe(features, data, args, range(args.seed, args.seed + args.seeds), device)
+        rows[name] = value.astype(np.float64), True
+    rows.update(theirs)
+
+    # ---- report ----
+    labels, groups = data.labels[data.test], data.groups[data.test]
+    found = compare(rows, labels, groups, args.seed)
+    found["chosen"], found["in pretraining set"] = chosen, {}
+    print()
+    for path, info in infos.items():
+        if path is not None:
+            named = data.grouped_by.startswith(("group column", "--group_regex", "DICOM"))
+            counts, line, _ = overlap(info["seen"], data.images.content[data.test], data.images.looks[data.test],
+                                      groups.tolist() if named else None)
+            found["in pretraining set"][path] = counts
+            print(f"{path}: {line}")
+    print(f"\ntest: {found['images']:,} images of {found['groups']:,} groups; mean over runs ({runs_text(found)}; "
+          f"fine-tuning or probe seeds times files) [95 % interval over groups]\n")
+    print("\n".join(table(found)) + f"\n\n{detectable_sentence(found)}")
+    found["by"] = {}
+    for column in args.by:
+        values = [data.columns[column][i] for i in data.test]
+        found["by"][column] = by_column(rows, labels, groups, values, args.seed)
+        print("\n" + "\n".join(by_table(column, found["by"][column])))
+    if args.data is None:
+        print("\nphantom images: a smoke test of the code, no evidence about ultrasound")
+    found["methods"] = methods_text(found, data, args)
+    for name, model in found["models"].items():
+        path = os.path.join(args.output_dir, f"confusion-{slug(name)}.png")
+        confusion_png(path, np.array(model["confusion, mean of runs"]), data.classes, f"{name}: test images, mean of runs")
+    if args.latex:
+        write_text(args.latex, latex(found, found["methods"], SCRIPT))
+    write_json(json_path, SCRIPT, args, device, found)
+    print(f"\nwrote {json_path}, confusion-*.png beside it" + (f", {args.latex}" if args.latex else ""))
+
+
+if __name__ == "__main__":
+    with runtime.clear_errors():
+        main(get_args())

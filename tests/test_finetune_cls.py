@@ -1,0 +1,401 @@
+"""The comparison end to end on small networks: what is chosen by what, resuming, each kind of row, each output."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import baselines
+import classifier
+import finetune_cls
+import runtime
+from cls_tools import one_thread  # noqa: F401
+from cls_tools import CLASSES, CONFIG, QUICK, read_rows, run, save_backbone, save_predictions, save_rows, save_set
+from file_tools import load_grey
+from leakage import content_hash
+from metrics import CLASSIFICATION_SCORES
+from weights import load_backbone
+
+SCRIPT = pathlib.Path(finetune_cls.__file__).resolve()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_set(tmp_path)
+    save_backbone(tmp_path / "a.pt")
+    return tmp_path
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def spy(monkeypatch, owner, name, note):
+    """Call note(arguments..., result) after each call of owner.name."""
+    original = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        result = original(*args, **kwargs)
+        note(*args, result=result)
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+# ---------------------------------------------------------------- one run
+
+@pytest.mark.parametrize("f1, best", [((0.1, 0.9, 0.3), 2), ((0.5, 0.5, 0.4), 1), ((0.1, 0.2, 0.3), 3)])
+def test_best_epoch_is_the_first_maximum_of_validation(folder, monkeypatch, f1, best):
+    """Its weights are tested and saved, whatever came later."""
+    values, states, tested = iter(f1), [], []
+    monkeypatch.setattr(finetune_cls, "validation_f1", lambda *_: next(values))
+
+    def note(network, canvases, *_, result):
+        states.append(runtime.cpu_copy(network.state_dict()))
+        tested.append(result)
+
+    spy(monkeypatch, classifier, "predict", note)
+    _, report = run(folder, "--data", "set.csv", "--ckpt", "a.pt", *QUICK, "--epochs", 3)
+    assert report["chosen"] == {"a.pt": [{"f1": f1[best - 1], "epoch": best}]}
+    assert len(states) == 4 and len(tested[3]) == 18  # three times validation, once test
+    saved = load(folder / "cls" / "a.pt-seed0.pt")
+    for key, value in states[3].items():
+        assert torch.equal(value, states[best - 1][key])
+    assert all(torch.equal(value, states[best - 1][key]) for key, value in saved["teacher"].items())
+    assert not torch.equal(states[0]["head.linear.weight"], states[1]["head.linear.weight"])
+    assert torch.equal(saved["scores"], tested[3]) and saved["classes"] == list(CLASSES)
+
+
+def test_statistics_are_each_files_own_in_training_validation_and_test(folder, monkeypatch):
+    save_backbone(folder / "b.pt", mean=0.6, std=0.1)
+    used = []
+    for name in ("augment", "normalise_only"):
+        spy(monkeypatch, classifier, name, lambda images, *stats, result: used.append((len(images), stats[-2:])))
+    run(folder, "--data", "set.csv", "--ckpt", "a.pt", "b.pt", "none", *QUICK)
+    per_run = 2 * (3 + 1) + 1  # epochs of three steps and a validation, a test
+    assert len(used) == 3 * per_run and [n for n, _ in used[:per_run]] == [10, 10, 10, 12, 10, 10, 10, 12, 18]
+    for first, stats in ((0, (0.3, 0.2)), (per_run, (0.6, 0.1)), (2 * per_run, (0.3, 0.2))):  # none: as the first file
+        assert {own for _, own in used[first:first + per_run]} == {stats}
+
+
+class StopAfter(list):
+    """Signals, as runtime.stop_on_signals returns them: one comes in the given step of this process."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def __bool__(self):
+        self.steps -= 1
+        return self.steps <= 0
+
+
+def fine_tune(folder, path, received, *flags):
+    """finetune_cls.fine_tune alone, as main() calls it."""
+    args = finetune_cls.get_args(["--data", str(folder / "set.csv"), *map(str, (*QUICK, *flags))])
+    args.dtype = "float32"
+    backbone, info = baselines.open_backbone(str(folder / "a.pt"), None, args.arch, 0, args.drop_path_rate)
+    data, _ = finetune_cls.open_data(args)
+    return finetune_cls.fine_tune(backbone, info, data, args, 0, str(path), torch.device("cpu"), 0, 1, received)
+
+
+@pytest.mark.parametrize("stops", [(1,), (2, 1, 3), (3,), (4,), (5,), (6,)], ids=str)  # of 6 steps, 3 an epoch
+def test_a_stopped_and_resumed_run_is_bit_equal(folder, stops, capsys):
+    flags = ("--drop_path_rate", 0.3, "--save_every", 1)
+    whole, best = fine_tune(folder, folder / "whole.pt", [], *flags)
+    for steps in stops:
+        assert fine_tune(folder, folder / "cut.pt", StopAfter(steps), *flags) is None
+    resumed, resumed_best = fine_tune(folder, folder / "cut.pt", [], *flags)
+    assert np.array_equal(whole, resumed) and best == resumed_best
+    assert f"resuming {folder}/cut.pt at step {sum(stops)}" in capsys.readouterr().out
+    whole, cut = load(folder / "whole.pt"), load(folder / "cut.pt")
+    for part in ("teacher", "head"):
+        assert all(torch.equal(value, cut[part][key]) for key, value in whole[part].items()) and whole[part]
+    logs = [[json.loads(line) for line in open(folder / f"{name}.jsonl")] for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and [record["epoch"] for record in logs[0]] == [1, 2]
+
+
+def test_a_signal_ends_the_command_and_the_same_command_goes_on(folder):
+    flags = ("--data", "set.csv", "--ckpt", "a.pt", *QUICK)
+    output, report = run(folder, *flags, received=StopAfter(2))
+    assert report is None and output.endswith("stopped before the end: the same command goes on\n")
+    output, report = run(folder, *flags)
+    assert "at step 2\n" in output and report["models"]["a.pt"]["runs"] == 1
+
+
+def test_a_finished_run_is_not_trained_again(folder, monkeypatch):
+    flags = ("--data", "set.csv", "--ckpt", "a.pt", "none", *QUICK)
+    output, report = run(folder, *flags)
+    monkeypatch.setattr(classifier, "train_step", None)  # cannot be called
+    again, same = run(folder, *flags)
+    assert same["models"] == report["models"] and same["chosen"] == report["chosen"]
+    assert again.split("\ntest: ")[1] == output.split("\ntest: ")[1]
+
+
+def test_other_settings_are_another_run(folder):
+    flags = ("--data", "set.csv", "--ckpt", "a.pt", *QUICK)
+    first = load_after(folder, *flags)
+    second = load_after(folder, *flags, "--lr", "1e-2")
+    assert not torch.equal(first["scores"], second["scores"])
+    assert torch.equal(load(folder / "cls" / "a.pt-seed0.old-1.pt")["scores"], first["scores"])
+    assert (folder / "cls" / "a.pt-seed0.old-1.jsonl").exists()
+
+
+def load_after(folder, *flags):
+    output, _ = run(folder, *flags)
+    assert ("(other lr)" in output) == ("1e-2" in flags)
+    return load(folder / "cls" / "a.pt-seed0.pt")
+
+
+def test_none_is_another_run_where_the_first_file_is_another(folder):
+    """It has no digest of its own, but the network and the statistics of that file."""
+    save_backbone(folder / "b.pt", mean=0.6, std=0.1)
+    run(folder, "--data", "set.csv", "--ckpt", "a.pt", "none", *QUICK)
+    first = load(folder / "cls" / "from_scratch-seed0.pt")
+    output, _ = run(folder, "--data", "set.csv", "--ckpt", "b.pt", "none", *QUICK)
+    second = load(folder / "cls" / "from_scratch-seed0.pt")
+    assert "(other mean, std)" in output and not torch.equal(first["scores"], second["scores"])
+    assert (first["mean"], first["std"], second["mean"], second["std"]) == (0.3, 0.2, 0.6, 0.1)
+    assert {key: first["config"][key] for key in CONFIG} == CONFIG
+    assert first["identity"]["layer_decay"] == 1 and first["seen"] is None
+
+
+# ---------------------------------------------------------------- rows of the table
+
+def test_seeds_are_runs_and_their_mean_is_scored(folder):
+    output, report = run(folder, "--data", "set.csv", "--ckpt", "ours=a.pt", "none", *QUICK, "--seeds", 2)
+    labels = [CLASSES.index(row["label"]) for row in read_rows(folder)]
+    for name, file in (("ours", "ours"), ("from scratch", "from_scratch")):
+        runs = [load(folder / "cls" / f"{file}-seed{seed}.pt")["scores"].numpy() for seed in (0, 1)]
+        assert not np.array_equal(*runs) and report["models"][name]["runs"] == 2
+        f1 = [sklearn.metrics.f1_score(labels, run.argmax(1), average="macro") for run in runs]
+        area = [np.mean([sklearn.metrics.roc_auc_score(np.equal(labels, k), run[:, k]) for k in range(3)])
+                for run in runs]
+        scores, each = report["models"][name]["scores"], report["models"][name]["per run"]
+        assert each["macro F1"] == pytest.approx(f1, abs=1e-6) and each["macro AUROC"] == pytest.approx(area, abs=1e-6)
+        assert scores["macro F1"]["estimate"] == pytest.approx(np.mean(f1), abs=1e-6)
+        assert scores["macro AUROC"]["estimate"] == pytest.approx(np.mean(area), abs=1e-6)
+    assert output.count("sd of 2 runs") == 2 and "from scratch: 2 runs" in output
+    starts = [load(folder / "cls" / f"from_scratch-seed{seed}.pt")["teacher"]["backbone.pos_embed"] for seed in (0, 1)]
+    assert (starts[0] - starts[1]).abs().max() > 0.01  # initialisation is drawn anew, too
+
+
+def test_files_of_one_name_are_pooled(folder):
+    save_backbone(folder / "b.pt", seed=2)
+    output, report = run(folder, "--data", "set.csv", "--ckpt", "ours=a.pt,b.pt", "none", *QUICK)
+    assert report["models"]["ours"]["runs"] == 2 and report["models"]["from scratch"]["runs"] == 1
+    starts = {load(folder / "cls" / f"ours-{number}-seed{number}.pt")["identity"]["start"] for number in (0, 1)}
+    assert len(starts) == 2 and "ours: 2 runs, from scratch: 1 run" in report["methods"]
+    assert {"a.pt", "b.pt"} == report["in pretraining set"].keys()
+
+
+@pytest.mark.parametrize("protocol", [("--linear", "--linear_steps", 30), ("--knn",)], ids=lambda flags: flags[0])
+def test_frozen_protocols_choose_without_test_labels(folder, protocol):
+    flags = ("--ckpt", "a.pt", "none", *QUICK, *protocol, "--seeds", 2)
+    output, report = run(folder, "--data", "set.csv", *flags)
+    per_file = 1 if "--knn" in flags else 2  # k-NN draws nothing
+    assert {name: model["runs"] for name, model in report["models"].items()} == {"a.pt": per_file, "random init": 2}
+    assert len(report["chosen"]["a.pt"]) == per_file and len(report["chosen"]["random init"]) == 2
+    areas = report["models"]["random init"]["per run"]["macro AUROC"]
+    assert areas[0] != areas[1]  # a network per seed
+    rows = [row for split in ("train", "val", "test") for row in read_rows(folder, split)]
+    turned = dict(zip(CLASSES, CLASSES[1:] + CLASSES[:1]))
+    for row in rows:
+        row["label"] = turned[row["label"]] if row["split"] == "test" else row["label"]
+    save_rows(folder, rows, "turned.csv")
+    _, other = run(folder, "--data", "turned.csv", *flags)
+    assert other["chosen"] == report["chosen"]
+    assert other["models"]["a.pt"]["scores"] != report["models"]["a.pt"]["scores"]
+    assert len(list((folder / "features").iterdir())) == 1 and not list((folder / "cls").glob("*.pt"))
+
+
+def test_frozen_features_are_made_by_one_process(folder, monkeypatch):
+    """Under torchrun, too, where the other ones leave at once: no process may wait for them."""
+    def join(*_, **__):
+        raise AssertionError("would wait for the others")
+
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ("--data", "set.csv", "--ckpt", "a.pt", *QUICK, "--knn")
+    monkeypatch.setenv("RANK", "1")
+    assert run(folder, *flags) == ("", None)
+    monkeypatch.setenv("RANK", "0")
+    assert run(folder, *flags)[1]["models"].keys() == {"a.pt"}
+
+
+def test_foreign_features_and_predictions_join(folder):
+    test, every = read_rows(folder), [row for split in ("train", "val", "test") for row in read_rows(folder, split)]
+    onehot = {label: np.eye(3)[k] for k, label in enumerate(CLASSES)}
+    save_predictions(folder / "truth.csv", test[::-1], ["image", "c%l", *CLASSES[:2]],
+                     lambda row: np.roll(onehot[row["label"]], 1))
+    save_predictions(folder / "bare.csv", test, ["image", "label"], lambda row: [row["label"]])
+    vectors = [onehot[row["label"]] + 0.01 * i / len(every) for i, row in enumerate(every)]
+    np.savez(folder / "theirs.npz", name=[row["image"] for row in every][::-1], vector=vectors[::-1])
+    output, report = run(folder, "--data", "set.csv", "--ckpt", "none", *QUICK, "--knn",
+                         "--features", "theirs=theirs.npz", "--predictions", "nn_unet=truth.csv", "bare.csv")
+    assert list(report["models"]) == ["random init", "theirs", "nn_unet", "bare.csv"]
+    assert list(report["differences"]) == ["theirs", "nn_unet", "bare.csv"]
+    for name in ("theirs", "nn_unet", "bare.csv"):
+        scores, difference = report["models"][name]["scores"], report["differences"][name]
+        assert all(scores[score]["estimate"] == 1 for score in CLASSIFICATION_SCORES[:3])
+        assert 0 < difference["macro F1"]["p"] <= difference["macro F1"]["p (Holm)"] < 0.1
+        assert scores["macro AUROC"]["estimate"] == (None if name == "bare.csv" else 1)
+        assert (difference["macro AUROC"]["p"] is None) == (name == "bare.csv")
+    rows = output.split("random init minus ...")
+    assert next(line for line in rows[0].split("\n") if line.startswith("bare.csv")).endswith(" -")
+    assert next(line for line in rows[1].split("\n") if line.startswith("  bare.csv")).endswith(" -")
+    assert "but nn_unet, bare.csv, of which the test predictions were given, had the same" in report["methods"]
+    assert not re.search("nan|Warning", output)
+
+
+# ---------------------------------------------------------------- what is written
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One command with every output: (folder, what it printed, its JSON)."""
+    folder = tmp_path_factory.mktemp("finished")
+    save_set(folder)
+    test = read_rows(folder)
+    seen = [content_hash(load_grey(folder / row["image"])) for row in test[:3]]
+    save_backbone(folder / "a_b%c.pt", seen={"content": torch.from_numpy(np.array(seen, np.uint64))})
+    save_backbone(folder / "b.pt", seed=2, seen={"content": torch.zeros(1, dtype=torch.uint64)})
+    save_predictions(folder / "bare.csv", test, ["image", "label"], lambda row: [CLASSES[0]])
+    output, report = run(folder, "--data", "machines.csv", "--ckpt", "a_b%c.pt", "b.pt", "none", *QUICK,
+                         "--by", "machine", "--latex", "table.tex", "--predictions", "theirs=bare.csv")
+    return folder, output, report
+
+
+def test_table_on_screen(finished):
+    _, output, report = finished
+    lines = output.split("\ntest: 18 images of 9 groups;")[1].split("\n\n")[1].split("\n")
+    assert max(map(len, lines)) <= 120 and lines[0].split() == " ".join(CLASSIFICATION_SCORES).split()
+    names = ["a_b%c.pt", "b.pt", "from scratch", "theirs"]
+    assert [line[:24].strip() for line in lines[1:5]] == names and lines[5] == "a_b%c.pt minus ..."
+    assert [line[:24].strip() for line in lines[6::2]] == names[1:]
+    for name, line in zip(names, lines[1:5]):
+        values = report["models"][name]["scores"]["macro F1"]
+        assert f"{values['estimate']:.3f} [{values['low']:.3f}, {values['high']:.3f}]" in line
+    assert "smoke test" not in output and "alpha: " not in output
+
+
+def test_overlap_with_each_pretraining_set_is_told(finished):
+    _, output, report = finished
+    assert "a_b%c.pt: transductive: 3 of 18 test images were in the pretraining set (3 identical)" in output
+    assert "b.pt: none of the 18 test images was in the pretraining set" in output
+    assert report["in pretraining set"] == {"a_b%c.pt": {"images": 18, "identical": 3, "seen": 3},
+                                            "b.pt": {"images": 18, "identical": 0, "seen": 0}}
+
+
+def test_scores_by_column(finished):
+    _, output, report = finished
+    assert {value: (part["images"], part["groups"]) for value, part in report["by"]["machine"].items()} == {
+        "many": (16, 8), "one": (2, 1)}
+    lines = output.split("by machine")[1].split("\n")
+    assert lines[1].startswith("  many") and "16, 8" in lines[1] and "from scratch" in lines[3]
+    assert lines[5].startswith("  one") and "2, 1" in lines[5] and max(map(len, lines)) <= 120
+    theirs = {value: part["models"]["theirs"]["scores"]["accuracy"] for value, part in report["by"]["machine"].items()}
+    assert theirs["one"]["estimate"] == 1 and theirs["many"]["estimate"] == 4 / 16  # they say alpha; `one` is alpha's
+
+
+def test_latex_is_whole(finished):
+    folder, _, report = finished
+    text = (folder / "table.tex").read_text()
+    bare = re.sub(r"\\[\\%&_#${}]", "", text)
+    assert bare.count("{") == bare.count("}") and not re.search("[#$^~]", bare)
+    assert re.findall(r"\\(begin|end)\{(\w+)\}", text) == [("begin", "table"), ("begin", "tabular"), ("end", "tabular"),
+                                                           ("end", "table")]
+    assert [line for line in text.split("\n") if "%" in line.replace("\\%", "")] == ["% written by finetune_cls.py"]
+    assert "_" not in text.replace("\\_", "").split("\n", 1)[1] and "--" not in re.sub("& -- ", "", text)
+    body = text.split(r"\hline")[2].strip().split("\n")
+    assert len(body) == 4 and all(line.count("&") == 5 and line.endswith("\\\\") for line in body)
+    assert body[0].startswith(r"a\_b\%c.pt & ") and body[3].split(" & ")[4] == "--"
+    values = report["models"]["b.pt"]["scores"]["accuracy"]
+    assert f"{values['estimate']:.3f} [{values['low']:.3f}, {values['high']:.3f}]" in body[1]
+    assert f"{report['differences']['b.pt']['macro F1']['p (Holm)']:.4f}" in body[1]
+    assert "Test set of 18 images of 9 groups" in text and "Smallest difference in macro F1" in text
+    for words in ("train 30 images of 15 groups, validation 12 images of 6 groups, test 18 images of 9 groups",
+                  "alpha 10, 4, 6; be\\_ta 10, 4, 6; c\\%l 10, 4, 6", "2,000 replicates", "sign-flip", "Holm",
+                  "-{}-data machines.csv -{}-ckpt", "2 epochs", "layer decay 0.65"):
+        assert words in text, words
+
+
+def test_files_beside_the_json(finished):
+    folder, _, report = finished
+    for name in ("a_b_c.pt", "b.pt", "from_scratch", "theirs"):
+        with Image.open(folder / "cls" / f"confusion-{name}.png") as picture:
+            assert picture.width > 400
+    assert report["written_by"] == "finetune_cls.py" and report["args"]["ckpt"][0] == "a_b%c.pt"
+    counts = np.array(report["models"]["theirs"]["confusion, mean of runs"])
+    assert (counts == [[6, 0, 0], [6, 0, 0], [6, 0, 0]]).all()
+    split = (folder / "cls" / "split.csv").read_text().split()
+    assert split[0] == "image,label,group,split" and len(split) == 61 and "png/SECRET070.png,alpha,p07,test" in split
+
+
+def test_no_name_of_an_image_is_in_a_checkpoint(finished):
+    folder, *_ = finished
+    files = list((folder / "cls").glob("*.pt"))
+    assert len(files) == 3
+    for file in files:
+        content = file.read_bytes()
+        assert b"SECRET" not in content and b"machines.csv" not in content and b"alpha" in content
+
+
+def test_a_fine_tuned_file_is_a_backbone(finished, tmp_path):
+    folder, *_ = finished
+    model, info = load_backbone(str(folder / "cls" / "b.pt-seed0.pt"))
+    assert (info["mean"], info["std"], info["img_size"]) == (0.3, 0.2, 16) and model.in_chans == 1
+    start, _ = load_backbone(str(folder / "b.pt"))
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
+    assert "patch_embed.proj.weight" in moved and "blocks.1.mlp.fc2.weight" in moved
+    save_set(tmp_path)
+    output, report = run(tmp_path, "--data", "set.csv", "--ckpt", folder / "cls" / "b.pt-seed0.pt", *QUICK, "--knn")
+    assert "none of the 18 test images was in the pretraining set" in output  # seen is handed on
+
+
+# ---------------------------------------------------------------- the command
+
+def command(folder, *flags, processes=1):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] * (processes > 1)
+    start = [sys.executable, *torchrun, SCRIPT, *map(str, flags)]
+    return subprocess.run(start, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_table_of_one(folder):
+    flags = ("--data", "set.csv", "--ckpt", "a.pt", "none", *QUICK, "--output_dir")
+    reports = []
+    for processes in (1, 2):
+        done = command(folder, *flags, processes, processes=processes)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((folder / str(processes) / "finetune_cls.json").read_text()))
+    one, two = reports
+    assert one["models"].keys() == two["models"].keys()
+    for file in ("a.pt-seed0.pt", "from_scratch-seed0.pt"):
+        scores = [load(folder / str(processes) / file)["scores"] for processes in (1, 2)]
+        torch.testing.assert_close(*scores, atol=1e-4, rtol=0)
+    for name in one["models"]:
+        for score in CLASSIFICATION_SCORES:
+            a, b = (report["models"][name]["scores"][score]["estimate"] for report in reports)
+            assert a == pytest.approx(b, abs=1e-3)
+    done = command(folder, *flags, 3, "--linear", "--linear_steps", 20, processes=2)
+    assert done.returncode == 0 and (folder / "3" / "finetune_cls.json").exists(), done.stderr
+
+
+@pytest.mark.slow
+def test_without_flags_phantoms_take_less_than_three_minutes(tmp_path):
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "phantom images: a smoke test of the code" in done.stdout and "from scratch" in done.stdout
+    report = json.loads((tmp_path / "cls" / "finetune_cls.json").read_text())
+    assert report["args"]["data"] is None and report["images"] > 200
