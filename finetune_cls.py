@@ -42,6 +42,7 @@ from plots import confusion_png
 from probes import knn, linear_grid, validation_f1
 from report import (STATISTICS, by_column, by_table, check_output, compare, detectable_sentence, latex, table,
                     write_json, write_text)
+from weights import merge_seen
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 2_000_000, 1200, 64  # none of pretraining's phantoms, nor of fewshot.py's
 SCRIPT = "finetune_cls.py"
@@ -255,9 +256,12 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
     network.load_state_dict(best.pop("state"))
     scores = classifier.predict(network, canvases[data.test], stats, args.eval_batch_size, device, args.dtype, rank, world_size)
     state = runtime.cpu_copy(network.state_dict())
+    seen = {kind: torch.from_numpy(getattr(data.images, kind)[data.train]) for kind in ("content", "looks")}
+    if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
+        seen = info["seen"] and merge_seen(seen, info["seen"])
     save(steps, scores=scores, classes=data.classes, config=info["config"], mean=info["mean"], std=info["std"],
          teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
-         head={key: value for key, value in state.items() if key.startswith("head.")}, seen=info["seen"])
+         head={key: value for key, value in state.items() if key.startswith("head.")}, seen=seen)
     return scores.numpy(), best
 
 

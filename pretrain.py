@@ -29,7 +29,7 @@ from data import PretrainBatches, to_device
 from kernels import all_reduce
 from losses import Network, draw_drops, student_losses, target_health, teacher_targets
 from model import SIZES, parameter_groups
-from weights import grey_backbone, load_strict
+from weights import grey_backbone, load_strict, merge_seen
 
 # DINOv2's constants that nobody tunes (its ssl_default_config)
 FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 1.0, 1e-6, (0.9, 0.999)
@@ -290,21 +290,6 @@ def open_data(args):
     return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), **pack.options(args))
 
 
-def all_seen(data, start):
-    """Digests of the images trained on, those that the checkpoint of --init had seen among them, for leakage.overlap.
-
-    Groups compare under one salt only: where both name some under two, the earlier images count by pixels and look.
-    """
-    seen, before = data.digests(), start and start[1]["seen"] or {}
-    kinds = {"content", "looks"} & before.keys()
-    if "salt" in before and seen.setdefault("salt", before["salt"]) == before["salt"]:
-        kinds.add("group_digests")
-    for kind in kinds:
-        rows = [np.asarray(part[kind]).view(np.uint64) for part in (seen, before) if kind in part]
-        seen[kind] = torch.from_numpy(np.unique(np.concatenate(rows), axis=0))
-    return seen
-
-
 def checkpoint_of(student, teacher, optimizer, centers, step, constant):
     """What last.pt holds: tensors and plain values only, and no file names (they can be patients' names)."""
     return {"teacher": runtime.cpu_copy(teacher.state_dict()), "student": runtime.cpu_copy(student.state_dict()),
@@ -368,7 +353,7 @@ def main(args):
     identity.update(data=data.info["digest"], batch=batch, init=start and start[1]["digest"])
     constant = {"config": start[1]["config"] if start else backbone_config(args), "mean": data.mean, "std": data.std,
                 "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "identity": identity,
-                "seen": all_seen(data, start), "commit": runtime.git_commit(), "torch": str(torch.__version__)}
+                "seen": merge_seen(data.digests(), start and start[1]["seen"]), "commit": runtime.git_commit(), "torch": str(torch.__version__)}
     checkpoint, first = runtime.resume(path, log_path, identity, is_main), 0
     if checkpoint:
         for state, saved in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer")):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -177,3 +178,21 @@ def grey_backbone(path, mean=None, std=None):
         projection.weight, projection.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
         projection.in_channels = model.in_chans = 1
     return model, {**info, "config": {**info["config"], "in_chans": 1}, "mean": mean, "std": std}
+
+
+# ---------------------------------------------------------------- what a network has been trained on
+
+def merge_seen(seen, before):
+    """Digests of images, as leakage.overlap takes them and checkpoints keep them, with those of an earlier training
+    (None: nothing is known of it).
+
+    Groups compare under one salt only: where both name some under two, the earlier images count by pixels and look.
+    """
+    seen, before = dict(seen), before or {}
+    kinds = {"content", "looks"} & before.keys()
+    if "salt" in before and seen.setdefault("salt", before["salt"]) == before["salt"]:
+        kinds.add("group_digests")
+    for kind in kinds:
+        rows = [np.asarray(part[kind]).view(np.uint64) for part in (seen, before) if kind in part]
+        seen[kind] = torch.from_numpy(np.unique(np.concatenate(rows), axis=0))
+    return seen

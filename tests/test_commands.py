@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import fewshot
+import finetune_cls
 import pack
 import pretrain
 
@@ -55,7 +56,8 @@ def readme_commands():
 def test_readme_commands_parse(line):
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    parse = {"pretrain.py": pretrain.get_args, "fewshot.py": fewshot.get_args, "pack.py": pack.get_args}
+    parse = {"pretrain.py": pretrain.get_args, "fewshot.py": fewshot.get_args, "pack.py": pack.get_args,
+             "finetune_cls.py": finetune_cls.get_args}
     parse[words[script]](words[script + 1:])
 
 
@@ -127,7 +129,9 @@ def test_demo(checkout):
 
 @pytest.mark.slow
 def test_flagless_runs(checkout):
-    """python pretrain.py and python fewshot.py with nothing at all, after one another."""
+    """Each script with nothing at all, after one another."""
     assert "saved ./last.pt" in run("python pretrain.py", checkout, timeout=1200)
     assert "finished" in run("python pretrain.py", checkout)
     assert "1 shot" in run("python fewshot.py", checkout)
+    out = run("python finetune_cls.py", checkout, timeout=600)
+    assert "last.pt minus ..." in out and "from scratch" in out and "smoke test" in out

@@ -10,7 +10,7 @@ import pretrain
 import runtime
 from model import SIZES, DINOHead, VisionTransformer, parameter_groups
 from tools import dry_run
-from weights import IMAGENET_MEAN_STD, load_backbone
+from weights import IMAGENET_MEAN_STD, load_backbone, merge_seen
 
 OURS = dict(img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_register_tokens=2,
             init_values=0.5)
@@ -250,20 +250,20 @@ def found(seen, *packs, groups=None):
 
 def test_images_of_the_first_pretraining_stay_seen():
     new, old, stranger = Digests(0), Digests(1), Digests(2)
-    seen = pretrain.all_seen(new, (None, {"seen": old.digests()}))
+    seen = merge_seen(new.digests(), old.digests())
     assert found(seen, new, old) == (10, 10) and found(seen, stranger) == (0, 5)
-    again = pretrain.all_seen(new, (None, {"seen": seen}))  # on the same pack: no image twice
+    again = merge_seen(new.digests(), seen)  # on the same pack: no image twice
     assert len(again["content"]) == len(again["looks"]) == 10
     assert again["content"].dtype == again["looks"].dtype == torch.uint64
-    for start in (None, (None, {"seen": None})):  # no --init, and a file that does not say what it has seen
-        assert pretrain.all_seen(new, start).keys() == new.seen.keys() and found(pretrain.all_seen(new, start), new, old) == (5, 10)
+    alone = merge_seen(new.digests(), None)  # no --init, or a file that does not say what it has seen
+    assert alone.keys() == new.seen.keys() and found(alone, new, old) == (5, 10)
 
 
 @pytest.mark.parametrize("salts, counted", [((b"one", b"one"), 2), ((b"one", b"two"), 1), ((None, b"two"), 1), ((b"one", None), 1)])
 def test_groups_are_kept_where_their_salt_allows(salts, counted):
     """Of groups "a", of the new pack, and "b", of the earlier one; under two salts only the new one's can be kept."""
     new, old = Digests(0, salts[0], ["a"]), Digests(1, salts[1], ["b"])
-    seen = pretrain.all_seen(new, (None, {"seen": old.digests()}))
+    seen = merge_seen(new.digests(), old.digests())
     assert found(seen, new, groups=["a", "b", "c"]) == (counted, 3) and len(seen["group_digests"]) == counted
     assert found(seen, new, groups=["b"] if salts[0] is None else ["a"]) == (1, 1)
     assert found(seen, new, old) == (10, 10)
