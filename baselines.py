@@ -26,16 +26,38 @@ def add_arguments(p):
 
 
 def list_models(texts, none_name):
-    """Words of --ckpt -> [Model]; ValueError where two would have one name."""
-    models = []
+    """Words of --ckpt -> [Model]; ValueError where two would have one name.
+
+    Without NAME= a model is called after its file. Where two of them are called alike, folders come before the name
+    until they differ.
+    """
+    parts, paths = [], []
     for text in texts:
         name, files = split_name(text)
-        paths = [None if file == "none" else file for file in (files.split(",") if name else [files])]
-        if "" in paths:
+        paths.append([None if file == "none" else file for file in (files.split(",") if name else [files])])
+        if "" in paths[-1]:
             raise ValueError(f"--ckpt {text!r}: names no file; expected FILE, NAME=FILE, NAME=FILE,FILE or none")
-        models.append(Model(name or (none_name if files == "none" else files), paths))
-    check_names([model.name for model in models])
-    return models
+        parts.append([name] if name else [none_name] if files == "none" else name_parts(files))
+    shown, longer = [1] * len(parts), True
+    while longer:
+        names = ["/".join(own[-count:]) for own, count in zip(parts, shown)]
+        longer = [i for i, name in enumerate(names) if names.count(name) > 1 and shown[i] < len(parts[i])]
+        for i in longer:
+            shown[i] += 1
+    check_names(names)
+    return [Model(*both) for both in zip(names, paths)]
+
+
+def name_parts(file):
+    """The folders of a file and its name without suffix; of pretrain.py's last.pt, which says nothing, the folders."""
+    if file.startswith("timm:"):
+        return [file]
+    parts = [part for part in os.path.normpath(file).split(os.sep) if part not in ("", os.curdir, os.pardir)]
+    *folders, name = parts or [os.path.basename(os.path.abspath(file))]
+    if os.path.isdir(file):  # Hugging Face's: a dot in its name begins no suffix
+        return [*folders, name]
+    stem = os.path.splitext(name)[0]
+    return folders if folders and stem == "last" else [*folders, stem]
 
 
 def named_files(texts):
@@ -78,7 +100,8 @@ def open_backbone(path, like, arch, seed, drop_path_rate=0.0):
             raise ValueError(f"{path}: --drop_path_rate is not for timm's networks")
         backbone.drop_path_rate = drop_path_rate
         return backbone, {**info, "path": path}
-    config, (mean, std) = dict(SIZES[arch], img_size=DEFAULT_SIZE, patch_size=16, num_register_tokens=4), ULTRADINO_MEAN_STD
+    config = dict(SIZES[arch], img_size=DEFAULT_SIZE, patch_size=16, num_register_tokens=4)
+    mean, std = ULTRADINO_MEAN_STD
     if like is not None:
         config, mean, std = like["config"], like["mean"], like["std"]
     config = {**config, "in_chans": 1, "drop_path_rate": drop_path_rate}

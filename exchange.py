@@ -18,6 +18,8 @@ def read_features(path, names):
         with np.load(path, allow_pickle=False) as file:
             theirs, vectors = file["name"].astype(str), np.asarray(file["vector"], np.float32)
     except Exception as error:  # a damaged archive raises one of a dozen kinds
+        if "Object arrays" in str(error):  # of paths, or of vectors of several lengths
+            error = "arrays of objects: names must be strings, list(map(str, names)), and vectors of one length"
         raise ValueError(f"--features {path}: expected an .npz with the arrays name (n,) and vector (n, d) ({error}); "
                          f"the README has the two lines that write one")
     if theirs.ndim != 1 or vectors.ndim != 2 or len(theirs) != len(vectors):
@@ -67,6 +69,9 @@ def read_predictions(path, names, classes):
                 raise ValueError(f"{what}, line {line}: not all numbers: {row[1:]}")
             if not np.isfinite(values).all():
                 raise ValueError(f"{what}, line {line}: not finite: {row[1:]}")
+            if values.min() < 0 or values.max() > 1 or abs(values.sum() - 1) > 1e-3:  # of logits, AUROC would be wrong
+                raise ValueError(f"{what}, line {line}: probabilities expected, from 0 to 1 with sum 1, not "
+                                 f"{', '.join(row[1:])}; apply softmax first")
             scores[0, i, [classes.index(name) for name in header[1:]]] = values
         elif row[1] not in classes:
             raise ValueError(f"{what}, line {line}: label {row[1]!r}; expected one of {', '.join(classes)}")

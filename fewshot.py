@@ -24,7 +24,7 @@ from tqdm import tqdm
 import classifier
 import phantom
 from baselines import (DEFAULT_SIZE, Model, add_arguments, check_names, common_network, list_models, named_files,
-                       open_backbone, own_size)
+                       open_backbone, own_size, split_name)
 from exchange import read_features
 from features import Images, cached_features, few_shot_vector, outside_fans, read_image
 from images import Frame
@@ -41,6 +41,7 @@ SCORES = {"balanced accuracy": balanced_accuracy, "macro F1": macro_f1}
 CLASSIFIERS = {"nearest_mean": "nearest mean", "knn": "k-NN", "logreg": "logreg", "linear": "linear probe",
                "finetune": "fine-tuned"}  # words of --classifiers: what tables call them
 PHANTOM_SEED, PHANTOM_IMAGES = 1_000_000, 1200  # pretraining draws its phantoms from --seed: no image is in both
+FEWEST_OUTSIDE = 10  # images with pixels outside the fan, for a verdict on them
 PIXELS_SIDE = 64  # of the pixel baseline; more is slower and no better
 # of fine-tuning, as finetune_cls.py's; there is no validation set to choose an epoch by: the last step's weights count
 RECIPE, FINETUNE_BATCH = dict(weight_decay=0.01, augment=True, mixup=0.8, cutmix=1.0, smoothing=0.1), 32
@@ -128,7 +129,7 @@ def list_rows(args):
     of --features. The one file that is given without a name is "pretrained"."""
     models, foreign = list_models(args.ckpt, "random init"), named_files(args.features)
     files = [i for i, model in enumerate(models) if any(model.paths)]
-    if len(files) == 1 and models[files[0]].name == models[files[0]].paths[0]:
+    if len(files) == 1 and split_name(args.ckpt[files[0]])[0] is None:
         models[files[0]] = models[files[0]]._replace(name="pretrained")
     if len(files) == len(models):
         models.append(Model("random init", [None]))
@@ -309,18 +310,34 @@ def records(results, shots):
                        "estimate": estimate, "low": low, "high": high}
 
 
-def what_tells(results, chance):
-    """results {(shots, row, classifier): replicates} of images outside the fan -> a sentence and a dict: whether the
-    best row is above chance, by the lower end of an interval that allows for the best of so many (Bonferroni)."""
-    best = max(results, key=lambda key: results[key][0, 0])
-    estimate, low, high = interval(results[best][0], 1 - 0.05 / len(results))
-    told = bool(low > chance + 1e-6)  # 1e-6: rounding
-    found = {"told": told, **dict(zip(("shots", "features", "classifier"), best)), "estimate": estimate, "low": low,
-             "high": high, "chance": chance}
-    return (f"from pixels outside the ultrasound fan alone the label is {'told' if told else 'not told'}: balanced "
-            f"accuracy {estimate:.3f} [{low:.3f}, {high:.3f}] against chance {chance:.3f} ({best[1]}, {best[2]}, "
-            f"{best[0]} shot{'s' * (best[0] > 1)}: the best of {len(results)}, its interval widened for so many); well "
-            f"above chance means that callipers, text or the machine's layout give the label away"), found
+def what_tells(results, chance, partly):
+    """results {(shots, row, classifier): replicates} of pixels outside the fan, partly (n,) bool: which images have
+    any -> a sentence and a dict, whose verdict is "told", "not shown" or "cannot be tested".
+
+    Told: the lower end of some row is above chance, in intervals that allow for so many rows (Bonferroni). If none is,
+    that says little of a set where few images have an outside.
+    """
+    ends = {key: interval(replicates[0], 1 - 0.05 / len(results)) for key, replicates in results.items()}
+    surest, best = (max(ends, key=lambda key: ends[key][place]) for place in (1, 0))
+    n, outside = len(partly), int(partly.sum())
+    if outside >= FEWEST_OUTSIDE and ends[surest][1] > chance + 1e-6:  # 1e-6: rounding
+        verdict, key = "told", surest
+    else:
+        verdict, key = "not shown" if outside >= max(FEWEST_OUTSIDE, n / 2) else "cannot be tested", best
+    estimate, low, high = ends[key]
+    shots, row, column = key
+    found = {"verdict": verdict, "images_with_outside": outside, "shots": shots, "features": row, "classifier": column,
+             "estimate": estimate, "low": low, "high": high, "chance": chance}
+    score = (f"balanced accuracy {estimate:.3f} [{low:.3f}, {high:.3f}] against chance {chance:.3f} ({row}, {column}, "
+             f"{shots} shot{'s' * (shots > 1)}; interval widened for {len(results)} rows)")
+    if verdict == "told":
+        return (f"from pixels outside the ultrasound fan alone the label is told: {score}; callipers, text or the "
+                f"machine's layout give it away"), found
+    if verdict == "not shown":
+        return (f"that pixels outside the ultrasound fan tell the label is not shown: at best {score}; up to "
+                f"{high:.3f} is not ruled out"), found
+    return (f"whether pixels outside the ultrasound fan tell the label cannot be tested: {outside} of {n} images have "
+            f"any, and a verdict needs half of them and {FEWEST_OUTSIDE}"), found
 
 
 def shots_png(path, results, chance, title):
@@ -398,9 +415,10 @@ def main(args):
         print("\n".join(table(scored, shots, chance)), flush=True)
         all_records += records(scored, shots)
         results.update({(shots, *key): replicates for key, replicates in scored.items()})
-    told = None
+    verdict = None
     if args.outside_fan:
-        sentence, told = what_tells({key: value for key, value in results.items() if key[1] not in vectors}, chance)
+        own = {key: value for key, value in results.items() if key[1] not in vectors}
+        sentence, verdict = what_tells(own, chance, partly)
         print(f"\n{sentence}")
     if args.data is None:
         print("\nphantom images: a smoke test of the code, no evidence about ultrasound")
@@ -408,7 +426,7 @@ def main(args):
         shots_png(args.png, results, chance, "outside the fan" if args.outside_fan else "few-shot")
     of_first = (checkpoints or [dict.fromkeys(("sha256", "step", "in_pretraining_set"))])[0]
     write_json(args.json, SCRIPT, args, device, {
-        "results": all_records, "outside_fan": told and {**told, "images_with_outside": int(partly.sum())},
+        "results": all_records, "outside_fan": verdict,
         "checkpoint": {key: of_first[key] for key in ("sha256", "step")}, "checkpoints": checkpoints,
         "test_set": {"phantom": args.data is None, "images": n, "classes": names.tolist(), "groups": len(counts),
                      "grouped_by": found.grouped_by, "img_size": img_size,

@@ -16,7 +16,6 @@ import csv
 import filecmp
 import hashlib
 import os
-import re
 import shlex
 import sys
 import time
@@ -35,17 +34,18 @@ from exchange import read_features, read_predictions
 from features import BLOCKS, Images, cached_features, read_image
 from images import Frame
 from kernels import all_reduce
-from leakage import overlap
 from lists import LabelledSet, check_splits, read_labelled, split_groups
 from model import SIZES
 from plots import confusion_png
 from probes import knn, linear_grid, validation_f1
-from report import (STATISTICS, by_column, by_table, check_output, compare, detectable_sentence, latex, table,
-                    write_json, write_text)
+from report import (STATISTICS, by_column, by_table, check_output, class_table, compare, count, detectable_sentence,
+                    few_groups, files_of, find_copies, latex, runs_text, slug, table, write_json, write_predictions,
+                    write_text)
 from weights import merge_seen
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 2_000_000, 1200, 64  # none of pretraining's phantoms, nor of fewshot.py's
 SCRIPT = "finetune_cls.py"
+PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound. "
 PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes on two cores
     "ultradino": {},
     "cpu": dict(arch="vit_micro", epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, layer_decay=0.9,
@@ -207,7 +207,7 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
     identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
                     layer_decay=decay, images=digest_of(data, canvases))
     saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
-    best, start = {"f1": -1.0, "epoch": 0, "state": None}, 0
+    best, start = {"validation macro F1": -1.0, "epoch": 0, "state": None}, 0
     if saved and "scores" in saved:
         return saved["scores"].numpy(), saved["best"]
     if saved:
@@ -237,13 +237,13 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
             val = classifier.predict(network, canvases[data.val], stats, args.eval_batch_size, device, args.dtype, rank,
                                      world_size)
             f1 = float(validation_f1(val, data.labels[data.val]))
-            if f1 > best["f1"]:
-                best = {"f1": f1, "epoch": done // per_epoch, "state": runtime.cpu_copy(network.state_dict())}
+            if f1 > best["validation macro F1"]:
+                best = {"validation macro F1": f1, "epoch": done // per_epoch, "state": runtime.cpu_copy(network.state_dict())}
             if is_main:
                 runtime.log_line(log_path, bar, {"step": done, "epoch": done // per_epoch, "loss": total.item() / per_epoch,
                                                  "validation macro F1": f1, "lr": float(rates[step])},
                                  f"epoch {done // per_epoch}/{args.epochs} | loss {total.item() / per_epoch:.3f} | validation "
-                                 f"macro F1 {f1:.3f}, best {best['f1']:.3f} | {time.monotonic() - since:.0f} s")
+                                 f"macro F1 {f1:.3f}, best {best['validation macro F1']:.3f} | {time.monotonic() - since:.0f} s")
             total.zero_()
         if stop or done % (args.save_every * per_epoch) == 0:
             save(done, total=total.item(), network=runtime.cpu_copy(network.state_dict()), optimizer=optimizer.state_dict())
@@ -265,38 +265,35 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
     return scores.numpy(), best
 
 
-def slug(name):
-    return re.sub(r"[^\w.-]+", "_", name)
-
-
 def run_models(models, data, args, device, rank, world_size, received):
-    """Every row of --ckpt: ({name: scores (runs, n, K)}, {name: [what was chosen, per run]}, {path: info}); stopped
-    early by a signal it returns None."""
+    """Every row of --ckpt: ({name: scores (runs, n, K)}, {name: [what was chosen, per run]}, {name: [info of each file, and
+    what it was fed with]}); stopped early by a signal it returns None."""
     scores, chosen, infos = {}, {}, {}
     _, like = common_network(models, args.img_size)
     for model in models:
-        runs, how = [], []
+        runs, how, infos[model.name] = [], [], []
         for number, path in enumerate(model.paths):
             seeds = range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds)  # each run its own
             if args.linear or args.knn:
                 for seed in seeds if path is None else seeds[:1]:  # random initialisation: a network per seed
-                    backbone, infos[path] = open_backbone(path, like, args.arch, seed)
+                    backbone, info = open_backbone(path, like, args.arch, seed)
                     canvases = data.images.at(own_size(args.img_size, backbone))
-                    features = cached_features(backbone.to(device), infos[path], canvases, args.eval_batch_size, device,
-                                               args.cache)
+                    features = cached_features(backbone.to(device), info, canvases, args.eval_batch_size, device, args.cache)
                     found, settings = probe(features, data, args, [seed] if path is None else seeds, device)
                     runs, how = [*runs, *found], [*how, *settings]
+                infos[model.name].append({**info, "fed": canvases.shape[1]})
                 continue
             for seed in seeds:
-                backbone, infos[path] = open_backbone(path, like, args.arch, seed, args.drop_path_rate)
+                backbone, info = open_backbone(path, like, args.arch, seed, args.drop_path_rate)
                 name = slug(model.name) + f"-{number}" * (len(model.paths) > 1) + f"-seed{seed}.pt"
                 if rank == 0:
-                    print(f"{model.name}: {infos[path]['path']} ({infos[path]['family']}), seed {seed}", flush=True)
-                found = fine_tune(backbone, infos[path], data, args, seed, os.path.join(args.output_dir, name), device, rank,
+                    print(f"{model.name}: {info['path']} ({info['family']}), seed {seed}", flush=True)
+                found = fine_tune(backbone, info, data, args, seed, os.path.join(args.output_dir, name), device, rank,
                                   world_size, received)
                 if found is None:
                     return None
                 runs, how = [*runs, found[0]], [*how, found[1]]
+            infos[model.name].append({**info, "fed": own_size(args.img_size, backbone)})
         scores[model.name], chosen[model.name] = np.stack(runs).astype(np.float64), how
     return scores, chosen, infos
 
@@ -315,21 +312,22 @@ def protocol(args):
             f"epoch of the largest validation macro F1")
 
 
-def methods_text(found, data, args):
+def methods_text(found, data, args, vectors):
     """What a paper must say, with the counts and arguments of this run."""
     classes = "; ".join(f"{name} {', '.join(str((data.labels[part] == i).sum()) for part in (data.train, data.val, data.test))}"
                         for i, name in enumerate(data.classes))
-    others = ", ".join(name for name, _ in named_files(args.predictions))
-    but = f" but {others}, of which the test predictions were given," if others else ""
-    return (f"{len(found['models'])} models were compared on {len(data.names):,} images of {len(np.unique(data.groups)):,} "
-            f"groups (by {data.grouped_by}): {counts_line(data)}; no group was in two parts. Images per class in train, "
-            f"validation, test: {classes}. Images were squashed to {args.img_size} pixels a side, or the nearest multiple of a "
-            f"model's patch size. All models{but} had the same protocol and budget: {protocol(args)}; {runs_text(found)}. "
-            f"{STATISTICS} {detectable_sentence(found)} Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}.")
-
-
-def runs_text(found):
-    return ", ".join(f"{name}: {model['runs']} run{'s' * (model['runs'] > 1)}" for name, model in found["models"].items())
+    given = [f"{name} by its test predictions" for name, _ in named_files(args.predictions)]
+    given += [f"{name} by vectors of {vector.shape[-1]:,} numbers that were made elsewhere" for name, vector in vectors.items()]
+    ours = "All models but these had the same protocol and budget" if given else "All models had the same protocol and budget"
+    return (f"{PHANTOMS if args.data is None else ''}{count(len(found['models']), 'model')} were compared on "
+            f"{len(data.names):,} images of {len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; "
+            f"no group was in two parts. {found['copies']['sentence']} Images per class in train, validation, test: {classes}. "
+            f"Images were squashed to {args.img_size} pixels a side, or the nearest multiple of a model's patch size. "
+            + (f"Given were {', '.join(given)}. " if given else "")
+            + f"{ours}: {protocol(args)}; {runs_text(found)}. {STATISTICS} {few_groups(found)}{detectable_sentence(found)} "
+            + "".join(f"{name}: {file['pretraining set']}. " for name, files in found["files"].items() for file in files
+                      if file["pretraining set"])
+            + f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}.")
 
 
 def main(args):
@@ -385,34 +383,34 @@ def main(args):
 
     # ---- report ----
     labels, groups = data.labels[data.test], data.groups[data.test]
-    found = compare(rows, labels, groups, args.seed)
-    found["chosen"], found["in pretraining set"] = chosen, {}
-    print()
-    for path, info in infos.items():
-        if path is not None:
-            named = data.grouped_by.startswith(("group column", "--group_regex", "DICOM"))
-            counts, line, _ = overlap(info["seen"], data.images.content[data.test], data.images.looks[data.test],
-                                      groups.tolist() if named else None)
-            found["in pretraining set"][path] = counts
-            print(f"{path}: {line}")
-    print(f"\ntest: {found['images']:,} images of {found['groups']:,} groups; mean over runs ({runs_text(found)}; "
-          f"fine-tuning or probe seeds times files) [95 % interval over groups]\n")
-    print("\n".join(table(found)) + f"\n\n{detectable_sentence(found)}")
-    found["by"] = {}
+    found = compare(rows, labels, groups, data.classes, args.seed)
+    found.update(phantom=args.data is None, chosen=chosen, files=files_of(infos, data), copies=find_copies(data), by={})
+    print("\n" + "".join(f"{name}, {file['path']}: {file['pretraining set']}\n" for name, files in found["files"].items()
+                         for file in files if file["pretraining set"]) + found["copies"]["sentence"])
+    for name, how in chosen.items():
+        print(f"{name}, on validation: " + "; ".join(", ".join(
+            f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in run.items()) for run in how))
+    print(f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
+          f"({runs_text(found)}; files times fine-tuning or probe seeds) [95 % interval over groups]\n")
+    print("\n".join([*table(found), "", *class_table(found), "", few_groups(found) + detectable_sentence(found)]))
     for column in args.by:
         values = [data.columns[column][i] for i in data.test]
-        found["by"][column] = by_column(rows, labels, groups, values, args.seed)
+        found["by"][column] = by_column(rows, labels, groups, data.classes, values, args.seed)
         print("\n" + "\n".join(by_table(column, found["by"][column])))
     if args.data is None:
-        print("\nphantom images: a smoke test of the code, no evidence about ultrasound")
-    found["methods"] = methods_text(found, data, args)
+        print(f"\n{PHANTOMS}")
+    found["methods"] = methods_text(found, data, args, vectors)
     for name, model in found["models"].items():
         path = os.path.join(args.output_dir, f"confusion-{slug(name)}.png")
-        confusion_png(path, np.array(model["confusion, mean of runs"]), data.classes, f"{name}: test images, mean of runs")
+        confusion_png(path, np.array(model["confusion, mean of runs"]), data.classes,
+                      f"{name}: {'phantom' if args.data is None else 'test'} images, mean of runs")
+    for name, value in scores.items():
+        write_predictions(args.output_dir, name, value, data)
     if args.latex:
-        write_text(args.latex, latex(found, found["methods"], SCRIPT))
+        write_text(args.latex, latex(found, found["methods"], SCRIPT, PHANTOMS if args.data is None else ""))
     write_json(json_path, SCRIPT, args, device, found)
-    print(f"\nwrote {json_path}, confusion-*.png beside it" + (f", {args.latex}" if args.latex else ""))
+    print(f"\nwrote {json_path}, confusion-*.png, predictions-*.csv and split.csv beside it"
+          + (f", {args.latex}" if args.latex else ""))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ import numpy as np
 import dicom
 from images import IMAGE_SUFFIXES, is_dicom_file
 
-IMAGE_GROUPS = "image (each image is its own group)"
+OWN_GROUP = "(each image is its own group)"
+IMAGE_GROUPS = f"image {OWN_GROUP}"
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test", "testing": "test"}  # of a column or of folders, in any case
 # FETAL_PLANES_DB as downloaded (Zenodo 3904280): its table lies beside a folder Images
 PLANES_TABLE, PLANES_SPLIT_WORDS = "FETAL_PLANES_DB_data.csv", {"1": "train", "0": "test"}
 PLANES_COLUMNS = {"image": "Image_name", "label": "Plane", "group": "Patient_num", "split": "Train"}
+MASK = re.compile(r"(.+)(_mask(?:_\d+)?)", re.IGNORECASE | re.DOTALL)  # stem of an image and what its mask's adds to it
 DRAWS = 100  # of splits, at most, until every class reaches all of them
 
 
@@ -95,23 +97,24 @@ def has_labels(source):
     """Whether read_labelled, not list_images, is what reads all there is in a CSV or a folder."""
     if os.path.isdir(source):
         return os.path.exists(os.path.join(source, PLANES_TABLE))
-    columns, delimiter = _columns(source) if os.path.exists(source) else (None, None)
-    return delimiter == ";" or "label" in (columns or ())
+    columns = _columns(source)[0] if os.path.exists(source) else None
+    return columns is not None and ("label" in columns or _is_planes(columns))
 
 
 def read_labelled(source, exclude=(), group_regex=None, by=()):
     """A LabelledSet of a folder with a folder per class, perhaps inside folders train, val and test; of a CSV
     `image,label[,group][,split]`, with the further columns that `by` names (None: any, unread); or of FETAL_PLANES_DB.
 
-    A group is what list_images says, but a class folder is no group: what lies below it is. Of FETAL_PLANES_DB it is
-    the patient, called as in the images' names: a bare number would be any other set's patient, too.
+    A group is what list_images says, but a class folder is no group: what lies below it is; and `group_regex` beside a
+    group column is an error. Of FETAL_PLANES_DB it is the patient, called as in the images' names: a bare number would
+    be any other set's patient, too.
     Raises ValueError with one sentence that says what is wrong and in which line.
     """
     source = os.path.join(source, PLANES_TABLE) if os.path.isdir(source) and has_labels(source) else source
     folder = _is_folder(source)
     if folder and by:
         raise ValueError(f"--by {' '.join(by)}: {source} is a folder, which has no columns; give a CSV that has them")
-    rows = list(_read_folders(source, exclude) if folder else _read_labels(source, exclude, by))
+    rows = list(_read_folders(source, exclude) if folder else _read_labels(source, exclude, group_regex, by))
     if not rows:
         raise _nothing_found(source, exclude)
     lines, names, labels, groups, splits, values = map(list, zip(*rows))
@@ -120,8 +123,8 @@ def read_labelled(source, exclude=(), group_regex=None, by=()):
     _check_files(source, paths, lines)
     _need_pydicom(paths)
     splits = splits if all(splits) else None
-    if all(groups):
-        grouped_by = "group column"
+    if all(groups):  # as many groups as images are hardly patients: reports say so
+        grouped_by = f"group column {OWN_GROUP}" if len({*groups}) == len(groups) else "group column"
     elif group_regex:
         groups, grouped_by = _regex_groups(names, group_regex), f"--group_regex {group_regex}"
     else:
@@ -147,16 +150,31 @@ def _read_folders(top, exclude):
             above = os.path.join(top, *part[:-1])
             raise ValueError(f"{os.path.join(top, name)}: not in a class folder; expected "
                              f"{os.path.join(above, 'CLASS', 'image')}, or a CSV with the columns image,label[,group]")
+    _check_masks(top, names)
     for name, part, split in zip(names, parts, splits):
         yield None, name, part[depth], None, split if depth else None, None
 
 
-def _read_labels(path, exclude, by):
+def _check_masks(top, names):
+    """ValueError where X_mask or X_mask_1 stands beside the image X: a mask shows the label, and is no image."""
+    stems, masks = {os.path.splitext(name)[0] for name in names}, {}
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        match = MASK.fullmatch(stem)
+        if match and match[1] in stems:
+            masks.setdefault("'*" + re.sub(r"\d+", "*", match[2]) + suffix + "'", name)
+    if masks:
+        first = os.path.join(top, next(iter(masks.values())))
+        raise ValueError(f"{first}: a mask beside its image, and no image; leave masks out with --exclude "
+                         f"{' '.join(masks)}")
+
+
+def _read_labels(path, exclude, group_regex, by):
     """Rows (line, name, label, group, split, {column: text}) of a CSV; group, split None where there is no column."""
     columns, delimiter = _columns(path)
     if columns is None:
         raise ValueError(f"{path}: labels need a folder per class or a .csv with the columns image,label")
-    planes = delimiter == ";"
+    planes = _is_planes(columns)
     known = {name: PLANES_COLUMNS[name] if planes else name for name in ("image", "label", "group", "split")}
     known = {name: column for name, column in known.items() if column in columns}
     unknown = [] if planes or by is None else [name for name in columns if name not in (*known, *by)]
@@ -166,6 +184,9 @@ def _read_labels(path, exclude, by):
     for name in by or ():
         if name not in columns:
             raise ValueError(f"--by {name}: {path} has no such column; there are {', '.join(columns)}")
+    if group_regex and "group" in known:
+        raise ValueError(f"--group_regex {group_regex}: {path} names groups in its column {known['group']}; drop "
+                         f"--group_regex" + ("" if planes else ", or the column"))
     words = PLANES_SPLIT_WORDS if planes else SPLIT_WORDS
     for line, row in _read_csv(path, columns, delimiter, [*known.values(), *(by or ())]):
         found = {name: row[column].strip() for name, column in known.items()}
@@ -382,14 +403,17 @@ def _columns(path):
         return None, None
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         first = file.readline()
-    planes = {*PLANES_COLUMNS.values()} <= {name.strip() for name in first.split(";")}
-    if not planes and "," not in first and first.strip().strip('"') != "image":
+    delimiter = max(",;", key=first.count)  # Excel writes ; where a comma is the decimal sign
+    if delimiter not in first and first.strip().strip('"') != "image":
         return None, None
-    delimiter = ";" if planes else ","
     columns = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
     if len(set(columns)) < len(columns):
         raise ValueError(f"{path}: columns are {','.join(columns)}; each must be there once")
     return columns, delimiter
+
+
+def _is_planes(columns):
+    return {*PLANES_COLUMNS.values()} <= {*columns}
 
 
 def _read_csv(path, columns, delimiter, needed):

@@ -46,8 +46,8 @@ PRESETS = {
         warmup_teacher_temp=0.02, teacher_temp=0.02, momentum_teacher=0.9, layerwise_decay=1.0, base_lr=5e-3,
         batch_size_per_gpu=32, total_samples=30_000, dtype="float32", num_workers=1, save_every=200, log_every=25),
 }
-# What --init adds to a preset: fresh heads tell a trained backbone nothing at first, and at the rate of a run from
-# scratch they undo it (a released ViT-L lost 80 -> 10 % of k-NN in 20,000 images: facebookresearch/dinov2, issue 204).
+# What --init adds to a preset: fresh heads tell a trained backbone nothing at first, and the rate of a run from scratch
+# can undo it (a user's released ViT-L: k-NN from 80 to 10 % in 20,000 images, warm heads; facebookresearch/dinov2#204).
 INIT = {"ultradino": dict(freeze_backbone_fraction=0.05, base_lr=1e-3, momentum_teacher=0.996, drop_path_rate=0.1),
         "cpu": dict(freeze_backbone_fraction=0.05, base_lr=1.25e-3, momentum_teacher=0.98)}
 FROM_FILE = ("arch", "patch_size", "num_register_tokens", "layerscale", "init_std")  # no flags beside --init

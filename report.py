@@ -1,5 +1,6 @@
 """What a comparison of models says, and how: tables with intervals and paired tests, JSON, LaTeX, a methods text."""
 
+import csv
 import json
 import os
 import re
@@ -9,55 +10,59 @@ import numpy as np
 import PIL
 import torch
 
+from leakage import overlap
 from metrics import (CLASSIFICATION_SCORES, confusion, detectable_difference, group_weights, holm, interval, per_class,
                      replicate_scores, sign_flip_test)
-from runtime import git_commit
+from runtime import git_commit, rename_aside
 
 REPLICATES, FLIPS = 2000, 10_000  # of the cluster bootstrap, of the sign-flip test
 PRIMARY = "macro F1"  # what epochs and heads are chosen by, and what LaTeX tests
 COLUMN = 24  # characters of a column
+FEW_GROUPS = 30  # below: a warning
 
 
 # ---------------------------------------------------------------- scores of all models on one test set
 
-def compare(models, labels, groups, seed):
-    """models {name: (scores (S, n, K), ranked)}, labels (n,), groups (n,) -> a dict of plain values, for `table`,
-    `latex` and JSON.
+def compare(models, labels, groups, classes, seed, tests=True):
+    """models {name: (scores (S, n, K), ranked)}, labels (n,), groups (n,), class names (K,) -> a dict of plain values, for
+    `table`, `latex` and JSON.
 
     Intervals are percentiles of a cluster bootstrap with the same groups for all models. The first model is compared
-    with each other one: difference, interval, p of a sign-flip test over groups, and p after Holm's correction over
-    these comparisons, for each score apart.
+    with each other one: difference, interval and, if asked for, p of a sign-flip test over groups, and p after Holm's
+    correction over these comparisons, for each score apart. One group tells nothing of others: no interval, no p.
     """
     groups = np.unique(groups, return_inverse=True)[1]
     weights = group_weights(groups.max() + 1, seed, REPLICATES)
     replicates = {name: replicate_scores(labels, scores, groups, weights, ranked)
                   for name, (scores, ranked) in models.items()}
-    found = {"images": len(labels), "groups": int(groups.max()) + 1, "models": {}, "differences": {}}
+    found = {"images": len(labels), "groups": int(groups.max()) + 1, "classes": list(classes), "models": {}, "differences": {}}
+    several = found["groups"] > 1
     for name, (scores, ranked) in models.items():
         runs = [replicate_scores(labels, run[None], groups, weights[:1], ranked) for run in scores]
-        K = scores.shape[2]
-        counts = confusion(labels, scores.argmax(2), K)  # (S, K, K)
+        counts = confusion(labels, scores.argmax(2), len(classes))  # (S, K, K)
+        pooled = per_class(counts.sum(0))
         found["models"][name] = {
             "runs": len(scores),
-            "scores": {score: three(replicates[name][score]) for score in CLASSIFICATION_SCORES},
+            "scores": {score: three(replicates[name][score], several) for score in CLASSIFICATION_SCORES},
             "per run": {score: [number(run[score][0]) for run in runs] for score in CLASSIFICATION_SCORES},
             "confusion, mean of runs": counts.mean(0).tolist(),
-            "per class, pooled over runs": {key: [number(value) for value in values]
-                                            for key, values in per_class(counts.sum(0)).items()},
-            "standard error": {score: number(standard_error(replicates[name][score]))
+            "per class, pooled over runs": {label: {key: number(values[k]) for key, values in pooled.items()}
+                                            for k, label in enumerate(classes)},
+            "standard error": {score: number(standard_error(replicates[name][score])) if several else None
                                for score in CLASSIFICATION_SCORES}}
     first, *others = models
-    tests = {}
-    for name in others:
+    p = {name: dict.fromkeys(CLASSIFICATION_SCORES, np.nan) for name in others}
+    for name in others if tests and several else ():
         (a, ranked_a), (b, ranked_b) = models[first], models[name]
-        tests[name] = sign_flip_test(labels, a, b, groups, seed, FLIPS, ranked_a and ranked_b)
+        p[name] = sign_flip_test(labels, a, b, groups, seed, FLIPS, ranked_a and ranked_b)
     for score in CLASSIFICATION_SCORES:
-        corrected = holm(np.array([tests[name][score] for name in others]))
-        for name, p in zip(others, corrected):
+        corrected = holm(np.array([p[name][score] for name in others]))
+        for name, adjusted in zip(others, corrected):
             difference = replicates[first][score] - replicates[name][score]
+            detectable = detectable_difference(difference)
             found["differences"].setdefault(name, {})[score] = {
-                **three(difference), "p": number(tests[name][score]), "p (Holm)": number(p),
-                "detectable": number(detectable_difference(difference))}
+                **three(difference, several), "p": number(p[name][score]), "p (Holm)": number(adjusted),
+                "detectable": number(detectable) if several and detectable > 1e-9 else None}
     return found
 
 
@@ -71,10 +76,41 @@ def standard_error(replicates):
     return drawn.std(ddof=1) if len(drawn) > 1 else np.nan
 
 
-def three(replicates):
-    if not np.isfinite(replicates[0]):
-        return dict.fromkeys(("estimate", "low", "high"))
-    return dict(zip(("estimate", "low", "high"), map(number, interval(replicates))))
+def three(replicates, several):
+    estimate, low, high = map(number, interval(replicates))
+    if estimate is None or not several:
+        low = high = None
+    return {"estimate": estimate, "low": low, "high": high}
+
+
+# ---------------------------------------------------------------- what the models had seen of the test set
+
+def find_copies(data):
+    """Test images that lie in train or validation too, under another group: counts, a sentence, a few names."""
+    known, images = np.concatenate((data.train, data.val)), data.images
+    counts, _, copied = overlap({"content": images.content[known], "looks": images.looks[known]}, images.content[data.test],
+                                images.looks[data.test])
+    if not copied.any():
+        return {**counts, "sentence": "No test image was a copy or a look-alike of one in train or validation."}
+    return {**counts, "sentence": f"{count(int(copied.sum()), 'test image')} ({counts['identical']:,} by pixels, the others by "
+            f"look) also lay in train or validation, in another group."}
+
+
+def files_of(infos, data):
+    """{name of a model: what each of its files is, how it was fed, and whether it was pretrained on test images}."""
+    named = data.grouped_by.startswith(("group column", "--group_regex", "DICOM"))  # folders can be called alike
+    files = {}
+    for name, own in infos.items():
+        files[name] = []
+        for info in own:
+            counts = line = None
+            if info["digest"] is not None:
+                counts, line, _ = overlap(info["seen"], data.images.content[data.test], data.images.looks[data.test],
+                                          data.groups[data.test].tolist() if named else None)
+            files[name].append({"path": info["path"], "family": info["family"], "sha256": info["digest"],
+                                "mean": info["mean"], "std": info["std"], "img_size": info["fed"],
+                                "config": info["config"], "in pretraining set": counts, "pretraining set": line})
+    return files
 
 
 # ---------------------------------------------------------------- as text
@@ -84,10 +120,10 @@ def shorten(name, width):
 
 
 def cell(found, signed=False):
-    if found["estimate"] is None:
-        return "-"
-    form = "{:+.3f} [{:+.3f}, {:+.3f}]" if signed else "{:.3f} [{:.3f}, {:.3f}]"
-    return form.format(found["estimate"], found["low"], found["high"])
+    sign = "+" if signed else ""
+    if found["low"] is None:
+        return "-" if found["estimate"] is None else f"{found['estimate']:{sign}.3f} [-]"
+    return f"{found['estimate']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
 def row(title, cells):
@@ -119,13 +155,25 @@ def p_value(p):
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
-def by_column(models, labels, groups, values, seed):
-    """{value of the column: what `compare` finds on its images alone} (differences and all)."""
+def class_table(found):
+    """Lines: F1 of each class, pooled over runs, a row per class and a column per model, four of them side by side."""
+    names, lines = list(found["models"]), []
+    for start in range(0, len(names), 4):
+        shown = names[start:start + 4]
+        lines.append(row("F1 of each class", [shorten(name, COLUMN - 1) for name in shown]))
+        for label in found["classes"]:
+            values = [found["models"][name]["per class, pooled over runs"][label]["f1"] for name in shown]
+            lines.append(row(f"  {label}", ["-" if value is None else f"{value:.3f}" for value in values]))
+    return lines
+
+
+def by_column(models, labels, groups, classes, values, seed):
+    """{value of the column: what `compare` finds on its images alone}, without tests."""
     found = {}
     for value in sorted(set(values)):
         own = np.array([other == value for other in values])
         found[value] = compare({name: (scores[:, own], ranked) for name, (scores, ranked) in models.items()},
-                               labels[own], groups[own], seed)
+                               labels[own], groups[own], classes, seed, tests=False)
     return found
 
 
@@ -141,6 +189,14 @@ def by_table(column, found):
     return lines
 
 
+def count(number, noun):
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def runs_text(found):
+    return ", ".join(f"{name}: {count(model['runs'], 'run')}" for name, model in found["models"].items())
+
+
 # ---------------------------------------------------------------- as LaTeX
 
 def escape(text):
@@ -150,26 +206,37 @@ def escape(text):
     return re.sub("-(?=-)", "-{}", "".join(special.get(letter, letter) for letter in text))  # no dash of two hyphens
 
 
-def latex(found, methods, script):
+def latex(found, methods, script, warning=""):
     """The table, the size of the test set, the smallest detectable difference and the methods text, for any document
-    class and no further package."""
-    def latex_cell(value):
+    class and no further package. warning: what the caption must begin with."""
+    def lines_of(value, spread=None):
         if value["estimate"] is None:
             return "--"
-        return f"{value['estimate']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        above = f"{value['estimate']:.3f}" + (f" $\\pm$ {spread:.3f}" if spread is not None else "")
+        return above if value["low"] is None else (r"\shortstack{" + above + r"\\{[}" + f"{value['low']:.3f}, "
+                                                   f"{value['high']:.3f}" + "{]}}")
 
-    names = list(found["models"])
-    lines = [f"% written by {script}", r"\begin{table}", r"\centering\small",
-             r"\begin{tabular}{l" + "c" * len(CLASSIFICATION_SCORES) + "c}", r"\hline",
-             " & ".join(["model", *map(escape, CLASSIFICATION_SCORES), f"p ({escape(PRIMARY)})"]) + r" \\", r"\hline"]
-    for name in names:
-        scores, difference = found["models"][name]["scores"], found["differences"].get(name)
-        p = "--" if difference is None or difference[PRIMARY]["p"] is None else escape(p_value(difference[PRIMARY]["p (Holm)"]))
-        lines.append(" & ".join([escape(name), *(latex_cell(scores[score]) for score in CLASSIFICATION_SCORES), p]) + r" \\")
-    lines += [r"\hline", r"\end{tabular}",
-              r"\caption{" + escape(f"Test set of {found['images']:,} images of {found['groups']:,} groups: mean over "
-                                    f"runs [95 % interval]. p: against {names[0]}, after Holm's correction. "
-                                    + detectable_sentence(found)) + "}", r"\end{table}", "", escape(methods), ""]
+    def sd(values):
+        return None if None in values or len(values) < 2 else np.std(values, ddof=1)
+
+    first = next(iter(found["models"]))
+    lines = [f"% written by {script}", r"\begin{table}", r"\centering\footnotesize",
+             r"\begin{tabular}{l" + "c" * len(CLASSIFICATION_SCORES) + "}", r"\hline",
+             " & ".join(["", *map(escape, CLASSIFICATION_SCORES)]) + r" \\", r"\hline"]
+    for name, model in found["models"].items():
+        cells = [lines_of(model["scores"][score], sd(model["per run"][score])) for score in CLASSIFICATION_SCORES]
+        lines.append(" & ".join([escape(name), *cells]) + r" \\")
+    for name, scores in found["differences"].items():
+        cells = [lines_of(scores[score]) for score in CLASSIFICATION_SCORES]
+        tests = ["--" if scores[score]["p"] is None else escape(p_value(scores[score]["p (Holm)"]))
+                 for score in CLASSIFICATION_SCORES]
+        lines += [r"\hline", " & ".join([escape(f"{first} minus {name}"), *cells]) + r" \\",
+                  " & ".join([r"\quad p after Holm", *tests]) + r" \\"]
+    caption = (f"{warning}Test set of {count(found['images'], 'image')} of {count(found['groups'], 'group')}: mean over runs "
+               f"+- standard deviation over runs [95 % interval over groups]. {few_groups(found)}"
+               f"{detectable_sentence(found)}")
+    lines += [r"\hline", r"\end{tabular}", r"\caption{" + escape(caption).replace("+-", r"$\pm$") + "}", r"\end{table}",
+              "", escape(methods), ""]
     return "\n".join(lines)
 
 
@@ -178,11 +245,22 @@ def detectable_sentence(found):
     parts = [f"{name} {scores[PRIMARY]['detectable']:.3f}" for name, scores in found["differences"].items()
              if scores[PRIMARY]["detectable"] is not None]
     if parts:
-        return (f"Smallest difference in {PRIMARY} that a two-sided 5 % test finds with 80 % power: "
+        return (f"Smallest difference in {PRIMARY} that a two-sided 5 % test, before any correction, finds with 80 % power: "
                 + ", ".join(parts) + ".")
-    (name, model), = list(found["models"].items())[:1]
+    name, model = next(iter(found["models"].items()))
     error = model["standard error"][PRIMARY]
-    return f"Standard error of the {PRIMARY} of {name} over groups: {'-' if error is None else f'{error:.3f}'}."
+    return f"Standard error of the {PRIMARY} of {name} over groups: {'unknown' if error is None else f'{error:.3f}'}."
+
+
+def few_groups(found):
+    """A warning where the test set has few groups, or nothing."""
+    G = found["groups"]
+    if G == 1:
+        return "The test set is one group: nothing can be said of others, there is no interval and no test. "
+    if G >= FEW_GROUPS:
+        return ""
+    return (f"Only {G} test groups: of so few, bootstrap intervals are too narrow, and the smallest p of a sign-flip test is "
+            f"{2 / 2 ** G:.2g}. ")
 
 
 STATISTICS = (f"Intervals are 95 % percentile intervals of a cluster bootstrap over test groups ({REPLICATES:,} replicates, "
@@ -214,7 +292,26 @@ def write_text(path, text):
     os.replace(f"{path}.tmp", path)
 
 
+def slug(name):
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def write_predictions(folder, name, runs, data):
+    """A CSV per run, as --predictions takes it: class probabilities of the test images."""
+    for number, scores in enumerate(runs):
+        path = os.path.join(folder, f"predictions-{slug(name)}-{number}.csv")
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", *data.classes])
+            writer.writerows([data.names[i], *(f"{value:.6g}" for value in row)] for i, row in zip(data.test, scores))
+
+
 def write_json(path, script, args, device, found):
+    """Over the report of an earlier run with the same arguments; one with others is kept aside."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            if json.load(file).get("args") != json.loads(json.dumps(vars(args))):
+                print(f"{path} is of other arguments: kept as {rename_aside(path)}")
     report = {"written_by": script, "args": vars(args), "device": str(device), **found,
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                            "pillow": PIL.__version__, "commit": git_commit()}}

@@ -24,7 +24,7 @@ class Holdout:
             labelled = has_labels(source)  # labels tell class folders; rows of all splits are held out
             images = read_labelled(source, by=None) if labelled else list_images(source)
             paths += images.paths
-            if images.grouped_by == "group column":
+            if images.grouped_by.startswith("group column"):
                 names |= set(images.groups)
             elif group_regex:  # names are relative to the holdout here: one without a match still counts by its pixels
                 matches = [re.search(group_regex, name) for name in images.names]

@@ -57,6 +57,7 @@ def load_backbone(path):
     `img_size`, `seen` (digests of the images it was trained on, as leakage.overlap takes them), `step`, `args` (or
     None), `family` (for tables) and `digest` (sha256 of the weights' file; of the tensors of timm).
     """
+    path = os.fspath(path)
     if path.startswith("timm:"):
         return timm_backbone(path[len("timm:"):])
     file = weight_file(path)

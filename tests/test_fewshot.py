@@ -105,16 +105,34 @@ def test_a_table_of_five_classifiers_has_two_blocks_and_no_cell_for_what_was_not
     assert len(list(fewshot.records(results, 5))) == 2 * (14 + 9)
 
 
-@pytest.mark.parametrize("level, told", [(0.5, False), (0.62, True)])
-def test_whether_the_outside_tells_is_the_lower_end_over_chance(level, told):
+@pytest.mark.parametrize("level, outside, images, verdict", [
+    (0.5, 20, 40, "not shown"), (0.5, 19, 40, "cannot be tested"), (0.5, 0, 40, "cannot be tested"),
+    (0.5, 9, 9, "cannot be tested"), (0.5, 10, 10, "not shown"), (0.62, 40, 40, "told"), (0.62, 10, 40, "told"),
+    (0.62, 9, 9, "cannot be tested"), (0.57, 40, 40, "not shown")])  # 0.57: told, if it were the only row
+def test_whether_the_outside_tells(level, outside, images, verdict):
     noise = 0.03 * np.random.default_rng(0).normal(size=2001)
+    noise[0] = 0
     results = {(shots, name, "k-NN"): np.stack([value + noise, noise]) for shots, name, value in
-               [(1, "ours", 0.5), (5, "ours", level), (5, "pixels", 0.48)]}
-    sentence, found = fewshot.what_tells(results, 0.5)
-    assert found["told"] is told and ("is told" if told else "is not told") in sentence and "chance 0.500" in sentence
-    assert found["low"] == pytest.approx(np.percentile(results[found["shots"], "ours", "k-NN"][0][1:], 100 * 0.05 / 6))
+               [(1, "ours", 0.49), (5, "ours", level), (5, "pixels", 0.48)]}
+    sentence, found = fewshot.what_tells(results, 0.5, np.arange(images) < outside)
+    assert found["verdict"] == verdict and found["images_with_outside"] == outside and "told" not in found
+    assert (found["shots"], found["features"], found["estimate"]) == (5, "ours", level)
+    low, high = np.percentile(results[5, "ours", "k-NN"][0][1:], [100 * 0.05 / 6, 100 - 100 * 0.05 / 6])
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-12)
+    assert {"told": "the label is told: balanced accuracy", "not shown": f"up to {high:.3f} is not ruled out",
+            "cannot be tested": f"cannot be tested: {outside} of {images} images have any"}[verdict] in sentence
+    assert ("label is told" in sentence) == (verdict == "told") and "\n" not in sentence
+
+
+def test_the_row_that_tells_need_not_be_the_largest():
+    wide, narrow = 0.2 * np.random.default_rng(0).normal(size=2001), np.zeros(2001)
+    results = {(5, "ours", "k-NN"): np.stack([0.7 + wide] * 2), (1, "pixels", "logreg"): np.stack([0.6 + narrow] * 2)}
+    results[5, "ours", "k-NN"][0, 0] = 0.7
+    sentence, found = fewshot.what_tells(results, 0.5, np.ones(30, bool))
+    assert (found["verdict"], found["features"], found["low"]) == ("told", "pixels", pytest.approx(0.6))
+    assert "(pixels, logreg, 1 shot;" in sentence
     constant = {key: np.full((2, 5), 1 / 3 + 1e-9) for key in results}  # one class for all: chance but for rounding
-    assert not fewshot.what_tells(constant, 1 / 3)[1]["told"]
+    assert fewshot.what_tells(constant, 1 / 3, np.ones(30, bool))[1]["verdict"] == "not shown"
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -198,7 +216,10 @@ def test_the_recipe_is_that_of_finetune_cls():
     ([], ["pretrained", "random init"]), (["--ckpt", "x.pt"], ["pretrained", "random init"]),
     (["--ckpt", "x.pt", "none"], ["pretrained", "random init"]), (["--ckpt", "none"], ["random init"]),
     (["--ckpt", "ours=x.pt"], ["ours", "random init"]), (["--ckpt", "none", "x.pt"], ["random init", "pretrained"]),
-    (["--ckpt", "x.pt", "y.pt"], ["x.pt", "y.pt", "random init"]),
+    (["--ckpt", "x=x"], ["x", "random init"]),
+    (["--ckpt", "runs/seed0/last.pt", "none"], ["pretrained", "random init"]),
+    (["--ckpt", "x.pt", "y/last.pt"], ["x", "y", "random init"]),
+    (["--ckpt", "x.pt", "y=y.pt"], ["x", "y", "random init"]),
     (["--ckpt", "x.pt", "scratch=none,none", "--features", "theirs=z.npz"], ["pretrained", "scratch"])])
 def test_rows(flags, names):
     models, foreign = fewshot.list_rows(fewshot.get_args(flags))
@@ -329,8 +350,8 @@ def test_outside_the_fan_of_phantoms_is_nothing(tmp_path, monkeypatch, capsys):
     save_backbone(tmp_path / "last.pt")
     monkeypatch.setattr(fewshot, "PHANTOM_IMAGES", 120)
     out, report = score(tmp_path, monkeypatch, capsys, "--outside_fan", "--episodes", 5, "--shots", 2)
-    assert "outside the fan: 120 of 120 images" in out and "the label is not told" in out
-    assert report["outside_fan"]["told"] is False and report["outside_fan"]["images_with_outside"] == 120
+    assert "outside the fan: 120 of 120 images" in out and "tell the label is not shown" in out
+    assert report["outside_fan"]["verdict"] == "not shown" and report["outside_fan"]["images_with_outside"] == 120
     assert report["outside_fan"]["estimate"] == pytest.approx(1 / 6, abs=0.04)
 
 

@@ -1,9 +1,11 @@
 """The comparison end to end on small networks: what is chosen by what, resuming, each kind of row, each output."""
 
+import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -65,9 +67,9 @@ def test_best_epoch_is_the_first_maximum_of_validation(folder, monkeypatch, f1, 
 
     spy(monkeypatch, classifier, "predict", note)
     _, report = run(folder, "--data", "set.csv", "--ckpt", "a.pt", *QUICK, "--epochs", 3)
-    assert report["chosen"] == {"a.pt": [{"f1": f1[best - 1], "epoch": best}]}
+    assert report["chosen"] == {"a": [{"validation macro F1": f1[best - 1], "epoch": best}]}
     assert len(states) == 4 and len(tested[3]) == 18  # three times validation, once test
-    saved = load(folder / "cls" / "a.pt-seed0.pt")
+    saved = load(folder / "cls" / "a-seed0.pt")
     for key, value in states[3].items():
         assert torch.equal(value, states[best - 1][key])
     assert all(torch.equal(value, states[best - 1][key]) for key, value in saved["teacher"].items())
@@ -129,7 +131,7 @@ def test_a_signal_ends_the_command_and_the_same_command_goes_on(folder):
     output, report = run(folder, *flags, received=StopAfter(2))
     assert report is None and output.endswith("stopped before the end: the same command goes on\n")
     output, report = run(folder, *flags)
-    assert "at step 2\n" in output and report["models"]["a.pt"]["runs"] == 1
+    assert "at step 2\n" in output and report["models"]["a"]["runs"] == 1
 
 
 def test_a_finished_run_is_not_trained_again(folder, monkeypatch):
@@ -146,14 +148,14 @@ def test_other_settings_are_another_run(folder):
     first = load_after(folder, *flags)
     second = load_after(folder, *flags, "--lr", "1e-2")
     assert not torch.equal(first["scores"], second["scores"])
-    assert torch.equal(load(folder / "cls" / "a.pt-seed0.old-1.pt")["scores"], first["scores"])
-    assert (folder / "cls" / "a.pt-seed0.old-1.jsonl").exists()
+    assert torch.equal(load(folder / "cls" / "a-seed0.old-1.pt")["scores"], first["scores"])
+    assert (folder / "cls" / "a-seed0.old-1.jsonl").exists()
 
 
 def load_after(folder, *flags):
     output, _ = run(folder, *flags)
     assert ("(other lr)" in output) == ("1e-2" in flags)
-    return load(folder / "cls" / "a.pt-seed0.pt")
+    return load(folder / "cls" / "a-seed0.pt")
 
 
 def test_none_is_another_run_where_the_first_file_is_another(folder):
@@ -166,7 +168,10 @@ def test_none_is_another_run_where_the_first_file_is_another(folder):
     assert "(other mean, std)" in output and not torch.equal(first["scores"], second["scores"])
     assert (first["mean"], first["std"], second["mean"], second["std"]) == (0.3, 0.2, 0.6, 0.1)
     assert {key: first["config"][key] for key in CONFIG} == CONFIG
-    assert first["identity"]["layer_decay"] == 1 and first["seen"] is None
+    assert first["identity"]["layer_decay"] == 1
+    trained = [content_hash(load_grey(folder / row["image"])) for row in read_rows(folder, "train")]
+    assert sorted(first["seen"]["content"].tolist()) == sorted(trained)  # all that these weights have seen
+    assert load(folder / "cls" / "a-seed0.pt")["seen"] is None  # a.pt does not tell what it has seen
 
 
 # ---------------------------------------------------------------- rows of the table
@@ -195,7 +200,7 @@ def test_files_of_one_name_are_pooled(folder):
     assert report["models"]["ours"]["runs"] == 2 and report["models"]["from scratch"]["runs"] == 1
     starts = {load(folder / "cls" / f"ours-{number}-seed{number}.pt")["identity"]["start"] for number in (0, 1)}
     assert len(starts) == 2 and "ours: 2 runs, from scratch: 1 run" in report["methods"]
-    assert {"a.pt", "b.pt"} == report["in pretraining set"].keys()
+    assert [file["path"] for file in report["files"]["ours"]] == ["a.pt", "b.pt"]
 
 
 @pytest.mark.parametrize("protocol", [("--linear", "--linear_steps", 30), ("--knn",)], ids=lambda flags: flags[0])
@@ -203,8 +208,8 @@ def test_frozen_protocols_choose_without_test_labels(folder, protocol):
     flags = ("--ckpt", "a.pt", "none", *QUICK, *protocol, "--seeds", 2)
     output, report = run(folder, "--data", "set.csv", *flags)
     per_file = 1 if "--knn" in flags else 2  # k-NN draws nothing
-    assert {name: model["runs"] for name, model in report["models"].items()} == {"a.pt": per_file, "random init": 2}
-    assert len(report["chosen"]["a.pt"]) == per_file and len(report["chosen"]["random init"]) == 2
+    assert {name: model["runs"] for name, model in report["models"].items()} == {"a": per_file, "random init": 2}
+    assert len(report["chosen"]["a"]) == per_file and len(report["chosen"]["random init"]) == 2
     areas = report["models"]["random init"]["per run"]["macro AUROC"]
     assert areas[0] != areas[1]  # a network per seed
     rows = [row for split in ("train", "val", "test") for row in read_rows(folder, split)]
@@ -214,7 +219,7 @@ def test_frozen_protocols_choose_without_test_labels(folder, protocol):
     save_rows(folder, rows, "turned.csv")
     _, other = run(folder, "--data", "turned.csv", *flags)
     assert other["chosen"] == report["chosen"]
-    assert other["models"]["a.pt"]["scores"] != report["models"]["a.pt"]["scores"]
+    assert other["models"]["a"]["scores"] != report["models"]["a"]["scores"]
     assert len(list((folder / "features").iterdir())) == 1 and not list((folder / "cls").glob("*.pt"))
 
 
@@ -229,7 +234,7 @@ def test_frozen_features_are_made_by_one_process(folder, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert run(folder, *flags) == ("", None)
     monkeypatch.setenv("RANK", "0")
-    assert run(folder, *flags)[1]["models"].keys() == {"a.pt"}
+    assert run(folder, *flags)[1]["models"].keys() == {"a"}
 
 
 def test_foreign_features_and_predictions_join(folder):
@@ -253,7 +258,8 @@ def test_foreign_features_and_predictions_join(folder):
     rows = output.split("random init minus ...")
     assert next(line for line in rows[0].split("\n") if line.startswith("bare.csv")).endswith(" -")
     assert next(line for line in rows[1].split("\n") if line.startswith("  bare.csv")).endswith(" -")
-    assert "but nn_unet, bare.csv, of which the test predictions were given, had the same" in report["methods"]
+    assert ("Given were nn_unet by its test predictions, bare.csv by its test predictions, theirs by vectors of 3 numbers that "
+            "were made elsewhere. All models but these had the same protocol") in report["methods"]
     assert not re.search("nan|Warning", output)
 
 
@@ -278,8 +284,8 @@ def test_table_on_screen(finished):
     _, output, report = finished
     lines = output.split("\ntest: 18 images of 9 groups;")[1].split("\n\n")[1].split("\n")
     assert max(map(len, lines)) <= 120 and lines[0].split() == " ".join(CLASSIFICATION_SCORES).split()
-    names = ["a_b%c.pt", "b.pt", "from scratch", "theirs"]
-    assert [line[:24].strip() for line in lines[1:5]] == names and lines[5] == "a_b%c.pt minus ..."
+    names = ["a_b%c", "b", "from scratch", "theirs"]
+    assert [line[:24].strip() for line in lines[1:5]] == names and lines[5] == "a_b%c minus ..."
     assert [line[:24].strip() for line in lines[6::2]] == names[1:]
     for name, line in zip(names, lines[1:5]):
         values = report["models"][name]["scores"]["macro F1"]
@@ -287,12 +293,34 @@ def test_table_on_screen(finished):
     assert "smoke test" not in output and "alpha: " not in output
 
 
-def test_overlap_with_each_pretraining_set_is_told(finished):
-    _, output, report = finished
-    assert "a_b%c.pt: transductive: 3 of 18 test images were in the pretraining set (3 identical)" in output
-    assert "b.pt: none of the 18 test images was in the pretraining set" in output
-    assert report["in pretraining set"] == {"a_b%c.pt": {"images": 18, "identical": 3, "seen": 3},
-                                            "b.pt": {"images": 18, "identical": 0, "seen": 0}}
+def test_files_and_their_overlap_with_pretraining_are_told(finished):
+    folder, output, report = finished
+    assert "a_b%c, a_b%c.pt: transductive: 3 of 18 test images were in the pretraining set (3 identical)" in output
+    assert "b, b.pt: none of the 18 test images was in the pretraining set" in output
+    files = {name: own[0] for name, own in report["files"].items()}
+    assert {name: own["in pretraining set"] for name, own in files.items()} == {
+        "a_b%c": {"images": 18, "identical": 3, "seen": 3}, "b": {"images": 18, "identical": 0, "seen": 0}, "from scratch": None}
+    for name, own in files.items():
+        digest = hashlib.sha256((folder / own["path"]).read_bytes()).hexdigest() if name != "from scratch" else None
+        assert own["sha256"] == digest and own["img_size"] == 16 and (own["mean"], own["std"]) == (0.3, 0.2)
+    assert "transductive: 3 of 18" in report["methods"] and report["classes"] == list(CLASSES) and report["phantom"] is False
+
+
+def test_copies_across_parts_are_told(folder):
+    train, test = read_rows(folder, "train"), read_rows(folder)
+    shutil.copy(folder / train[0]["image"], folder / test[0]["image"])
+    output, report = run(folder, "--data", "set.csv", "--ckpt", "none", *QUICK, "--knn")
+    assert "1 test image (1 by pixels, the others by look) also lay in train or validation" in output
+    assert report["copies"]["identical"] == 1 and "1 test image (1 by pixels" in report["methods"]
+
+
+def test_own_predictions_are_given_as_others_are_taken(folder):
+    flags = ("--data", "set.csv", "--ckpt", "a.pt", "none", *QUICK, "--knn")
+    _, first = run(folder, *flags)
+    output, second = run(folder, *flags, "--predictions", "again=cls/predictions-a-0.csv")
+    assert second["models"]["again"]["scores"]["macro F1"] == first["models"]["a"]["scores"]["macro F1"]
+    assert second["differences"]["again"]["macro F1"]["p"] == 1
+    assert "finetune_cls.json is of other arguments: kept as" in output and (folder / "cls/finetune_cls.old-1.json").exists()
 
 
 def test_scores_by_column(finished):
@@ -309,28 +337,29 @@ def test_scores_by_column(finished):
 def test_latex_is_whole(finished):
     folder, _, report = finished
     text = (folder / "table.tex").read_text()
-    bare = re.sub(r"\\[\\%&_#${}]", "", text)
+    bare = re.sub(r"\\[\\%&_#${}]", "", text).replace(r"$\pm$", "")
     assert bare.count("{") == bare.count("}") and not re.search("[#$^~]", bare)
     assert re.findall(r"\\(begin|end)\{(\w+)\}", text) == [("begin", "table"), ("begin", "tabular"), ("end", "tabular"),
                                                            ("end", "table")]
     assert [line for line in text.split("\n") if "%" in line.replace("\\%", "")] == ["% written by finetune_cls.py"]
     assert "_" not in text.replace("\\_", "").split("\n", 1)[1] and "--" not in re.sub("& -- ", "", text)
     body = text.split(r"\hline")[2].strip().split("\n")
-    assert len(body) == 4 and all(line.count("&") == 5 and line.endswith("\\\\") for line in body)
-    assert body[0].startswith(r"a\_b\%c.pt & ") and body[3].split(" & ")[4] == "--"
-    values = report["models"]["b.pt"]["scores"]["accuracy"]
-    assert f"{values['estimate']:.3f} [{values['low']:.3f}, {values['high']:.3f}]" in body[1]
-    assert f"{report['differences']['b.pt']['macro F1']['p (Holm)']:.4f}" in body[1]
+    assert len(body) == 4 and all(line.count("&") == 4 and line.endswith("\\\\") for line in body)
+    assert body[0].startswith(r"a\_b\%c & ") and "-- " in body[3].split(" & ")[4]
+    values, difference = report["models"]["b"]["scores"]["accuracy"], text.split(r"\hline")[3].strip().split("\n")
+    assert f"{values['estimate']:.3f}" in body[1] and f"{values['low']:.3f}, {values['high']:.3f}" in body[1]
+    assert difference[0].startswith(r"a\_b\%c minus b & ")
+    assert difference[1].split(" & ")[3] == f"{report['differences']['b']['macro F1']['p (Holm)']:.4f}"
     assert "Test set of 18 images of 9 groups" in text and "Smallest difference in macro F1" in text
     for words in ("train 30 images of 15 groups, validation 12 images of 6 groups, test 18 images of 9 groups",
                   "alpha 10, 4, 6; be\\_ta 10, 4, 6; c\\%l 10, 4, 6", "2,000 replicates", "sign-flip", "Holm",
-                  "-{}-data machines.csv -{}-ckpt", "2 epochs", "layer decay 0.65"):
+                  "Only 9 test groups", "-{}-data machines.csv -{}-ckpt", "2 epochs", "layer decay 0.65"):
         assert words in text, words
 
 
 def test_files_beside_the_json(finished):
     folder, _, report = finished
-    for name in ("a_b_c.pt", "b.pt", "from_scratch", "theirs"):
+    for name in ("a_b_c", "b", "from_scratch", "theirs"):
         with Image.open(folder / "cls" / f"confusion-{name}.png") as picture:
             assert picture.width > 400
     assert report["written_by"] == "finetune_cls.py" and report["args"]["ckpt"][0] == "a_b%c.pt"
@@ -351,13 +380,13 @@ def test_no_name_of_an_image_is_in_a_checkpoint(finished):
 
 def test_a_fine_tuned_file_is_a_backbone(finished, tmp_path):
     folder, *_ = finished
-    model, info = load_backbone(str(folder / "cls" / "b.pt-seed0.pt"))
+    model, info = load_backbone(str(folder / "cls" / "b-seed0.pt"))
     assert (info["mean"], info["std"], info["img_size"]) == (0.3, 0.2, 16) and model.in_chans == 1
     start, _ = load_backbone(str(folder / "b.pt"))
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
     assert "patch_embed.proj.weight" in moved and "blocks.1.mlp.fc2.weight" in moved
     save_set(tmp_path)
-    output, report = run(tmp_path, "--data", "set.csv", "--ckpt", folder / "cls" / "b.pt-seed0.pt", *QUICK, "--knn")
+    output, report = run(tmp_path, "--data", "set.csv", "--ckpt", folder / "cls" / "b-seed0.pt", *QUICK, "--knn")
     assert "none of the 18 test images was in the pretraining set" in output  # seen is handed on
 
 
@@ -381,7 +410,7 @@ def test_two_processes_give_the_table_of_one(folder):
         reports.append(json.loads((folder / str(processes) / "finetune_cls.json").read_text()))
     one, two = reports
     assert one["models"].keys() == two["models"].keys()
-    for file in ("a.pt-seed0.pt", "from_scratch-seed0.pt"):
+    for file in ("a-seed0.pt", "from_scratch-seed0.pt"):
         scores = [load(folder / str(processes) / file)["scores"] for processes in (1, 2)]
         torch.testing.assert_close(*scores, atol=1e-4, rtol=0)
     for name in one["models"]:

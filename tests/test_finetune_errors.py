@@ -114,9 +114,10 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "diverged checkpoint": (diverged_file, (*WITH, "--knn"), ["a.pt", "not finite"]),
     "a checkpoint without a name": (None, (*DATA, "--ckpt", "ours="), ["--ckpt 'ours='", "names no file"]),
     "two models of one name": (None, (*DATA, "--ckpt", "x=a.pt", "x=none"), ["two models are called 'x'", "NAME=FILE"]),
-    "two models in one file": (None, (*DATA, "--ckpt", "x/a.pt", "x_a.pt"), ["two models are called", "x_a.pt"]),
-    "a model and predictions of one name": (predictions(), (*WITH, "--predictions", "a.pt=theirs.csv"),
-                                            ["two models", "a.pt"]),
+    "two models in one file": (None, (*DATA, "--ckpt", "x/a.pt", "y/a.pt", "x_a.pt"),
+                              ["two models are called", "'x_a'"]),
+    "a model and predictions of one name": (predictions(), (*WITH, "--predictions", "a=theirs.csv"),
+                                            ["two models", "'a'"]),
     # exchange
     "no predictions": (None, (*WITH, "--predictions", "theirs.csv"), ["theirs.csv", "cannot be read"]),
     "predictions lack an image": (predictions(rows=slice(1, None)), (*WITH, "--predictions", "theirs.csv"),

@@ -215,6 +215,16 @@ def test_a_path_per_line_may_be_called_csv(tmp_path):
     assert found.names == ["/data/a.png", "sub/b.png"] and found.paths == ["/data/a.png", str(tmp_path / "sub/b.png")]
 
 
+def test_lists_may_be_separated_by_semicolons(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ("image", "label", "group"), ("a,1.png", "x", "P"), ("b;2.png", "y", "P"),
+                     delimiter=";")
+    found = list_images(path)
+    assert found.names == ["a,1.png", "b;2.png"] and found.groups == ["P", "P"] and found.grouped_by == "group column"
+    (tmp_path / "a.csv").write_text("image;side\na.png;left\n")
+    with pytest.raises(ValueError, match=r"columns are image,side; expected image\[,group\]"):
+        list_images(path)
+
+
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 @pytest.mark.parametrize("columns", [("image",), ("image", "group"), ("group", "image")])
 def test_csv_names_with_newlines(tmp_path, quoting, columns):

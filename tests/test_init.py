@@ -111,7 +111,7 @@ def test_unfit_files_and_sizes_get_a_sentence(dinov2, tmp_path, capsys):
         pretrain.open_init(arguments("none.pt"))
     with pytest.raises(SystemExit):
         arguments("timm:vit_tiny_patch16_224")
-    assert "--init timm:vit_tiny_patch16_224: training goes on in this project's own transformer only" in capsys.readouterr().err
+    assert "timm:vit_tiny_patch16_224: training goes on in this project's own transformer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         arguments(dinov2, "--freeze_backbone_fraction", 1.5)
 
@@ -183,7 +183,8 @@ class FakePack:
 
 @pytest.mark.parametrize("kind", ["ours", "rope"])
 def test_frozen_backbone_stays_bit_equal_while_heads_learn(kind, request):
-    args, _, student, teacher = networks(request.getfixturevalue(kind), *CROPS, "--batch_size_per_gpu", 4, "--drop_path_rate", 0.2)
+    args, _, student, teacher = networks(request.getfixturevalue(kind), *CROPS, "--batch_size_per_gpu", 4,
+                                         "--drop_path_rate", 0.2)
     buffers, centers, optimizer = pretrain.build_state(student, teacher, args)
     batches, steps = data.PretrainBatches(FakePack(), args), 4
     schedule = dict(lr=1e-3, weight_decay=0.4, momentum=0.5, teacher_temp=0.05, freeze_last_layer=False)
@@ -259,7 +260,8 @@ def test_images_of_the_first_pretraining_stay_seen():
     assert alone.keys() == new.seen.keys() and found(alone, new, old) == (5, 10)
 
 
-@pytest.mark.parametrize("salts, counted", [((b"one", b"one"), 2), ((b"one", b"two"), 1), ((None, b"two"), 1), ((b"one", None), 1)])
+@pytest.mark.parametrize("salts, counted", [((b"one", b"one"), 2), ((b"one", b"two"), 1), ((None, b"two"), 1),
+                                            ((b"one", None), 1)])
 def test_groups_are_kept_where_their_salt_allows(salts, counted):
     """Of groups "a", of the new pack, and "b", of the earlier one; under two salts only the new one's can be kept."""
     new, old = Digests(0, salts[0], ["a"]), Digests(1, salts[1], ["b"])
@@ -295,8 +297,9 @@ def train(monkeypatch, frames, out, init, *more, stop_after=None):
             raise KeyboardInterrupt
 
     write = runtime.save_checkpoint
-    args = arguments(init, "--reference_ops", "--data", frames, "--output_dir", out, *CROPS, "--canvas", 24, "--num_workers", 0, "--log_every", 1,
-                     "--batch_size_per_gpu", 4, "--total_samples", 32, "--save_every", 2, "--freeze_backbone_fraction", 0.4, *more)
+    args = arguments(init, "--reference_ops", "--data", frames, "--output_dir", out, *CROPS, "--canvas", 24,
+                     "--num_workers", 0, "--log_every", 1, "--batch_size_per_gpu", 4, "--total_samples", 32,
+                     "--save_every", 2, "--freeze_backbone_fraction", 0.4, *more)
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "stop_on_signals", list)  # pytest keeps its own
         patch.setattr(runtime, "save_checkpoint", save_checkpoint)

@@ -39,6 +39,20 @@ def test_a_folder_per_class(tmp_path):
     assert named.groups == ["0", "3", "0", "0"] and named.grouped_by == r"--group_regex (\d)\.png"
 
 
+@pytest.mark.parametrize("mask, exclude", [
+    (["a/1_mask.png"], "'*_mask.png'"), (["a/1_Mask.bmp"], "'*_Mask.bmp'"), (["b/p/2_mask.tif"], "'*_mask.tif'"),
+    (["a/1_mask.png", "a/1_mask_1.png", "a/1_mask_2.png"], "'*_mask.png' '*_mask_*.png'"),
+])
+def test_masks_are_no_images(tmp_path, mask, exclude):
+    top = tree(tmp_path, "a/1.png", "b/p/2.png", "b/3_mask.png", "b/unmask.png", *mask)  # 3 has no image
+    with pytest.raises(ValueError) as error:
+        read_labelled(top)
+    assert str(error.value) == (f"{tmp_path}/{mask[0]}: a mask beside its image, and no image; leave masks out with "
+                                f"--exclude {exclude}")
+    found = read_labelled(top, exclude=exclude.replace("'", "").split())  # as a shell gives it
+    assert {*found.names} >= {"a/1.png", "b/p/2.png", "b/unmask.png"} and not {*mask} & {*found.names}
+
+
 @pytest.mark.parametrize("train, val, test", [("train", "val", "test"), ("Training", "VALID", "testing"),
                                               ("train", "validation", "Test")])
 def test_folders_of_splits_hold_class_folders(tmp_path, train, val, test):
@@ -94,6 +108,42 @@ def test_csv_with_all_columns(tmp_path):
     assert found.columns == {"machine": ["Aloka", "Voluson, E6", "x"], "split": ["Train", "VALIDATION", "testing"]}
     assert read_labelled(path, by=None).columns == {}
     assert read_labelled(path, exclude=["*ä*"], by=None).labels == ["a", "b"]
+
+
+def test_a_group_for_each_image_is_said_to_be_one(tmp_path):
+    tree(tmp_path, "1.png", "2.png", "3.png")
+    for last, words in (("y", "group column"), ("z", "group column (each image is its own group)")):
+        found = read_labelled(table(tmp_path / "a.csv", f"image,label,group\n1.png,a,x\n2.png,b,y\n3.png,b,{last}\n"))
+        assert found.grouped_by == words and found.groups == ["x", "y", last]
+
+
+@pytest.mark.parametrize("columns, rows", [
+    ("image;label;group;machine", ("1.png;a;x;Voluson, E6", "2,5.png;b;x;\"A;B\"")),
+    ("image,label,group,machine", ("1.png,a,x,\"Voluson, E6\"", "\"2,5.png\",b,x,A;B")),
+    ("image;label;group;\"machine\"", ("1.png;a;x;Voluson, E6", "2,5.png;b;x;\"A;B\"")),
+])
+def test_the_header_tells_the_separator(tmp_path, columns, rows):
+    tree(tmp_path, "1.png", "2,5.png")
+    path = table(tmp_path / "a.csv", "\r\n".join((columns, *rows)))
+    found = read_labelled(path, by=["machine"])
+    assert found.names == ["1.png", "2,5.png"] and found.labels == ["a", "b"] and found.groups == ["x", "x"]
+    assert found.columns == {"machine": ["Voluson, E6", "A;B"]} and lists.has_labels(path)
+    assert not lists.has_labels(table(tmp_path / "b.csv", "image;group\n1.png;x\n"))
+    with pytest.raises(ValueError, match="columns are image,group; expected image,label"):
+        read_labelled(str(tmp_path / "b.csv"))
+    with pytest.raises(ValueError, match="a.csv, line 3: expected 4 columns, got"):
+        read_labelled(table(tmp_path / "a.csv", "\n".join((columns, rows[0], "2.png"))), by=["machine"])
+
+
+def test_a_regex_beside_a_group_column_is_refused(tmp_path):
+    tree(tmp_path, "1.png")
+    path = table(tmp_path / "a.csv", "image,label,group\n1.png,a,x\n")
+    with pytest.raises(ValueError) as error:
+        read_labelled(path, group_regex="(.)")
+    assert str(error.value) == (f"--group_regex (.): {path} names groups in its column group; drop --group_regex, or "
+                                f"the column")
+    with pytest.raises(ValueError, match="names groups in its column Patient_num; drop --group_regex$"):
+        read_labelled(str(planes_db(tmp_path / "planes")), group_regex="(Patient.*)_Plane")
 
 
 @pytest.mark.parametrize("rows, groups", [

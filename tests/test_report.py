@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from scipy.stats import norm
 
 import metrics
 import report
+from exchange import read_predictions
 from metrics import CLASSIFICATION_SCORES
 
-K = 3
+K, CLASSES = 3, ["benign", "malignant", "normal"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def models(n_groups=8, per_group=3, seed=0, names=("ours", "none", "theirs", "ba
 
 def test_numbers_are_those_of_metrics():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, seed=5)
+    found = report.compare(rows, labels, groups, CLASSES, seed=5)
     numbers = np.unique(groups, return_inverse=True)[1]
     weights = metrics.group_weights(8, 5, 300)
     assert found["images"] == 24 and found["groups"] == 8 and list(found["models"]) == list(rows)
@@ -55,8 +57,9 @@ def test_numbers_are_those_of_metrics():
                 assert value == metrics.replicate_scores(labels, run[None], numbers, weights[:1], ranked)[score][0]
         counts = metrics.confusion(labels, scores.argmax(2), K)
         assert np.array_equal(model["confusion, mean of runs"], counts.mean(0))
-        recall = metrics.per_class(counts.sum(0))["recall"]
-        assert model["per class, pooled over runs"]["recall"] == pytest.approx(recall)
+        assert list(model["per class, pooled over runs"]) == found["classes"] == CLASSES
+        for key, values in metrics.per_class(counts.sum(0)).items():
+            assert [own[key] for own in model["per class, pooled over runs"].values()] == pytest.approx(values)
     assert list(found["differences"]) == ["none", "theirs", "bare"]
     for name in found["differences"]:
         (a, _), (b, ranked) = rows["ours"], rows[name]
@@ -71,7 +74,7 @@ def test_numbers_are_those_of_metrics():
 
 def test_holm_is_over_the_comparisons_of_each_score():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, seed=0)["differences"]
+    found = report.compare(rows, labels, groups, CLASSES, seed=0)["differences"]
     for score in CLASSIFICATION_SCORES:
         tested = [name for name in found if found[name][score]["p"] is not None]  # bare labels have no AUROC
         assert len(tested) == (2 if score == "macro AUROC" else 3)
@@ -86,7 +89,7 @@ def test_holm_is_over_the_comparisons_of_each_score():
 @pytest.mark.filterwarnings("error")
 def test_labels_alone_have_no_auroc_and_json_has_no_nan():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, seed=0)
+    found = report.compare(rows, labels, groups, CLASSES, seed=0)
     bare = found["models"]["bare"]
     assert bare["scores"]["macro AUROC"] == {"estimate": None, "low": None, "high": None}
     assert bare["per run"]["macro AUROC"] == [None] and bare["standard error"]["macro AUROC"] is None
@@ -103,7 +106,7 @@ def test_replicates_that_lack_a_class_are_left_out():
     """Half of the draws of two groups, one of each class, have no AUROC."""
     labels, groups = np.array([0, 0, 1, 1]), np.array(list("aabb"))
     scores = np.array([[[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7]]])
-    found = report.compare({"ours": (scores, True), "other": (scores[:, ::-1], True)}, labels, groups, seed=0)
+    found = report.compare({"ours": (scores, True), "other": (scores[:, ::-1], True)}, labels, groups, "ab", seed=0)
     model = found["models"]["ours"]
     assert model["scores"]["macro AUROC"]["estimate"] == model["scores"]["macro AUROC"]["low"] == 0.5
     assert model["standard error"]["macro AUROC"] == 0
@@ -111,7 +114,7 @@ def test_replicates_that_lack_a_class_are_left_out():
 
 def test_one_model_alone():
     rows, labels, groups = models()
-    found = report.compare({"ours": rows["ours"]}, labels, groups, seed=0)
+    found = report.compare({"ours": rows["ours"]}, labels, groups, CLASSES, seed=0)
     assert found["differences"] == {} and not any("minus" in line for line in report.table(found))
     error = found["models"]["ours"]["standard error"]["macro F1"]
     assert report.detectable_sentence(found) == f"Standard error of the macro F1 of ours over groups: {error:.3f}."
@@ -119,7 +122,7 @@ def test_one_model_alone():
 
 def test_detectable_difference_is_said_of_each_comparison():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, seed=0)
+    found = report.compare(rows, labels, groups, CLASSES, seed=0)
     values = {name: difference["macro F1"]["detectable"] for name, difference in found["differences"].items()}
     assert report.detectable_sentence(found).endswith(
         "80 % power: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()) + ".")
@@ -133,17 +136,16 @@ def test_values_of_a_column():
     values = np.array(["few"] * 1 + ["one group"] * 2 + ["rest"] * 21)
     groups = np.array(groups, object)
     groups[:3] = "g"
-    found = report.by_column(rows, labels, groups.astype(str), values.tolist(), seed=0)
+    found = report.by_column(rows, labels, groups.astype(str), CLASSES, values.tolist(), seed=0)
     assert {value: (part["images"], part["groups"]) for value, part in found.items()} == {
         "few": (1, 1), "one group": (2, 1), "rest": (21, 7)}
     alone = found["few"]["models"]["ours"]["scores"]
     assert alone["macro AUROC"]["estimate"] is None
-    assert alone["accuracy"]["low"] == alone["accuracy"]["estimate"] == alone["accuracy"]["high"]
-    assert found["one group"]["differences"]["none"]["accuracy"]["p"] == 1
+    assert alone["accuracy"]["estimate"] in (0, 0.5, 1) and alone["accuracy"]["low"] is alone["accuracy"]["high"] is None
     own = values == "rest"
     expected = report.compare({name: (scores[:, own], ranked) for name, (scores, ranked) in rows.items()}, labels[own],
-                              groups[own].astype(str), 0)
-    assert found["rest"] == expected
+                              groups[own].astype(str), CLASSES, 0, tests=False)
+    assert found["rest"] == expected and expected["differences"]["none"]["accuracy"]["p"] is None
     json.dumps(found, allow_nan=False)
     lines = report.by_table("column", found)
     assert len(lines) == 1 + 3 * 4 and [line.split()[0] for line in lines[1::4]] == ["few", "one", "rest"]
@@ -158,7 +160,7 @@ LONG = ("checkpoints/of/a/very/deep/folder/with/a/long/name/ours.pt", "from scra
 
 def test_tables_fit_a_screen():
     rows, labels, groups = models(names=LONG)
-    found = report.compare(rows, labels, groups, seed=0)
+    found = report.compare(rows, labels, groups, CLASSES, seed=0)
     lines = report.table(found)
     assert max(map(len, lines)) <= 120 and len(lines) == 1 + 4 + 2 + 1 + 3 * 2
     assert lines[0].split("  ")[-1] == "macro AUROC" and lines[1].startswith("checkpoint…") and "ours.pt " in lines[1]
@@ -166,13 +168,13 @@ def test_tables_fit_a_screen():
     for line in lines[1:]:
         if "minus" not in line:
             assert all(line[start - 1] == " " and line[start] != " " for start in starts if start < len(line)), line
-    columns = report.by_column(rows, labels, groups, ["a value as long as a sentence, or two of them"] * 24, seed=0)
+    columns = report.by_column(rows, labels, groups, CLASSES, ["a value as long as a sentence, or two of them"] * 24, seed=0)
     assert max(map(len, report.by_table("a column of a long name, too long", columns))) <= 120
 
 
 def test_spread_over_runs():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, seed=0)
+    found = report.compare(rows, labels, groups, CLASSES, seed=0)
     line = report.table(found)[2]
     assert line.startswith("  sd of 2 runs")
     spreads = [np.std(found["models"]["ours"]["per run"][score], ddof=1) for score in CLASSIFICATION_SCORES]
@@ -201,22 +203,98 @@ def test_escape():
     assert report.escape("[1]") == "{[}1]"  # \\ would take it for its argument
 
 
-def test_latex_has_a_row_for_each_model():
+def test_latex_has_a_row_for_each_model_and_difference():
     rows, labels, groups = models(names=("our_s", "[none", "theirs", "bare"))
-    found = report.compare(rows, labels, groups, seed=0)
-    text = report.latex(found, "Methods of 50 % of us.", "script.py")
+    found = report.compare(rows, labels, groups, CLASSES, seed=0)
+    text = report.latex(found, "Methods of 50 % of us.", "script.py", "Drawn. ")
     lines = text.split("\n")
     assert lines[0] == "% written by script.py" and lines[-2] == r"Methods of 50 \% of us."
-    assert r"\begin{tabular}{lccccc}" in lines
-    table = {line.split(" & ")[0]: line.removesuffix(r" \\").split(" & ") for line in lines if line.endswith(r" \\")}
-    assert list(table) == ["model", r"our\_s", "{[}none", "theirs", "bare"]
-    assert all(len(row) == 6 for row in table.values())
-    assert table[r"our\_s"][5] == "--" and table["bare"][4] == "--"
-    assert table["theirs"][5] == f"{found['differences']['theirs']['macro F1']['p (Holm)']:.4f}"
-    values = found["models"]["theirs"]["scores"]["macro F1"]
-    assert table["theirs"][3] == f"{values['estimate']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
-    assert "Test set of 24 images of 8 groups" in text and report.escape(report.detectable_sentence(found)) in text
-    assert re.sub(r"\\[{}]", "", text).count("{") == re.sub(r"\\[{}]", "", text).count("}")
+    assert r"\begin{tabular}{lcccc}" in lines and r"\caption{Drawn. Test set of 24 images of 8 groups" in text
+    table = [line.removesuffix(r" \\").split(" & ") for line in lines if line.endswith(r" \\")]
+    assert [row[0] for row in table] == ["", r"our\_s", "{[}none", "theirs", "bare"] + [
+        text for name in ("{[}none", "theirs", "bare") for text in (rf"our\_s minus {name}", r"\quad p after Holm")]
+    assert all(len(row) == 5 for row in table) and table[4][4] == table[-1][4] == "--"
+    values, p = found["models"]["theirs"]["scores"]["macro F1"], found["differences"]["theirs"]["macro F1"]
+    assert table[3][3] == rf"\shortstack{{{values['estimate']:.3f}\\{{[}}{values['low']:.3f}, {values['high']:.3f}{{]}}}}"
+    assert table[8][3] == f"{p['p (Holm)']:.4f}" and f"{p['low']:.3f}, {p['high']:.3f}" in table[7][3]
+    spread = np.std(found["models"]["our_s"]["per run"]["accuracy"], ddof=1)
+    assert rf" $\pm$ {spread:.3f}\\" in table[1][1]
+    assert report.escape(report.detectable_sentence(found)) in text and report.escape(report.few_groups(found)) in text
+    bare = re.sub(r"\\[\\{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+
+
+def test_few_groups_are_warned_of():
+    def sentence(n_groups):
+        rows, labels, groups = models(n_groups)
+        return report.few_groups(report.compare(rows, labels, groups, CLASSES, seed=0, tests=False))
+
+    assert sentence(30) == "" and "one group" in sentence(1)
+    assert sentence(8).startswith("Only 8 test groups") and "p of a sign-flip test is 0.0078." in sentence(8)
+
+
+def test_one_group_has_no_interval_and_no_test():
+    rows, labels, groups = models(1, per_group=9)
+    found = report.compare(rows, labels, groups, CLASSES, seed=0)
+    lines = report.table(found)
+    assert lines[1].split()[1] == f"{found['models']['ours']['scores']['accuracy']['estimate']:.3f}" and "[-]" in lines[1]
+    assert found["differences"]["none"]["macro F1"]["p"] is found["differences"]["none"]["macro F1"]["detectable"] is None
+    assert "unknown" in report.detectable_sentence(found)
+
+
+def test_equal_models_have_no_detectable_difference():
+    rows, labels, groups = models()
+    found = report.compare({"a": rows["ours"], "b": rows["ours"]}, labels, groups, CLASSES, seed=0)
+    assert found["differences"]["b"]["macro F1"]["detectable"] is None and found["differences"]["b"]["macro F1"]["p"] == 1
+
+
+def test_f1_of_each_class_in_blocks_of_four_models():
+    rows, labels, groups = models()
+    rows["fifth"] = rows["ours"]
+    found = report.compare(rows, labels, groups, CLASSES, seed=0, tests=False)
+    lines = report.class_table(found)
+    assert len(lines) == 2 * (1 + K) and lines[0].split()[4:] == list(rows)[:4] and lines[4].split()[4:] == ["fifth"]
+    value = found["models"]["theirs"]["per class, pooled over runs"]["malignant"]["f1"]
+    assert lines[2].split() == ["malignant"] + [f"{found['models'][name]['per class, pooled over runs']['malignant']['f1']:.3f}"
+                                                for name in list(rows)[:4]] and f"{value:.3f}" in lines[2]
+
+
+# ---------------------------------------------------------------- what the models had seen of the test set
+
+def data_of(content, looks, groups="aabbc", by="group column"):
+    parts = dict(train=np.array([0, 1]), val=np.array([2]), test=np.array([3, 4]))
+    return Namespace(images=Namespace(content=np.array(content, np.uint64), looks=np.array(looks, np.uint64)),
+                     groups=np.array(list(groups)), grouped_by=by, names=[f"{i}.png" for i in range(5)], classes=CLASSES,
+                     **parts)
+
+
+def test_copies_of_test_images_in_train_and_validation_are_found():
+    looks = np.random.default_rng(0).integers(0, 2**63, (5, 4))
+    assert report.find_copies(data_of(range(5), looks))["sentence"].startswith("No test image")
+    found = report.find_copies(data_of([0, 1, 2, 2, 4], looks))  # as one of validation
+    assert found["identical"] == 1 and found["sentence"].startswith("1 test image (1 by pixels")
+    looks[4] = looks[0] ^ 5  # two bits off one of train
+    found = report.find_copies(data_of([0, 1, 2, 2, 4], looks))
+    assert (found["identical"], found["look_alike"]) == (1, 1) and found["sentence"].startswith("2 test images (1 by pixels")
+
+
+def test_files_tell_what_they_are_and_had_seen():
+    looks = np.random.default_rng(0).integers(0, 2**63, (5, 4))
+    info = dict(path="a.pt", family="DINOv2", digest="ab", mean=0.1, std=0.2, fed=16, config={}, seen=None)
+    ours = dict(info, seen={"content": np.array([3, 9], np.uint64), "looks": looks[:1].astype(np.uint64)})
+    files = report.files_of({"ours": [ours], "theirs": [info], "none": [dict(info, digest=None)]}, data_of(range(5), looks))
+    assert files["ours"][0]["in pretraining set"]["seen"] == 1 and "transductive: 1 of 2" in files["ours"][0]["pretraining set"]
+    assert files["theirs"][0]["pretraining set"].startswith("cannot tell") and files["none"][0]["pretraining set"] is None
+    assert files["ours"][0]["sha256"] == "ab" and files["ours"][0]["img_size"] == 16
+
+
+def test_predictions_are_written_as_they_are_read(tmp_path):
+    data, scores = data_of(range(5), np.zeros((5, 4))), np.random.default_rng(0).dirichlet(np.ones(K), (2, 2))
+    report.write_predictions(tmp_path, "our model", scores, data)
+    for run in range(2):
+        path = tmp_path / f"predictions-our_model-{run}.csv"
+        read, ranked = read_predictions(str(path), ["3.png", "4.png"], CLASSES)
+        assert ranked and np.abs(read[0] - scores[run]).max() < 1e-6
 
 
 # ---------------------------------------------------------------- files
@@ -258,10 +336,19 @@ def test_json_names_what_made_it(tmp_path):
         def __init__(self):
             self.seed = 3
 
-    report.write_json(tmp_path / "a.json", "script.py", Arguments(), "cpu", {"models": {}})
+    report.write_json(str(tmp_path / "a.json"), "script.py", Arguments(), "cpu", {"models": {}})
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["written_by"] == "script.py" and found["args"] == {"seed": 3} and found["models"] == {}
     assert found["versions"]["numpy"] == np.__version__ and found["versions"]["commit"]
     with pytest.raises(ValueError):
-        report.write_json(tmp_path / "b.json", "script.py", Arguments(), "cpu", {"score": float("nan")})
+        report.write_json(str(tmp_path / "b.json"), "script.py", Arguments(), "cpu", {"score": float("nan")})
     assert not (tmp_path / "b.json").exists()
+
+
+def test_a_report_of_other_arguments_is_kept(tmp_path, capsys):
+    path = str(tmp_path / "a.json")
+    for seed in (3, 3, 4):
+        report.write_json(path, "script.py", Namespace(seed=seed), "cpu", {})
+    assert json.loads((tmp_path / "a.old-1.json").read_text())["args"] == {"seed": 3}
+    assert json.loads((tmp_path / "a.json").read_text())["args"] == {"seed": 4}
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.old-1.json"] and "kept as" in capsys.readouterr().out

@@ -272,3 +272,12 @@ def test_class_folders_of_a_labelled_csv_with_splits_are_not_held_out_whole(tmp_
               ("sick/1.png", "sick", "train"))
     made, _ = make(tmp_path / "src", tmp_path / "out", holdout=[str(tmp_path / "src" / "test.csv")])
     assert names(made) == ["sick/2.png", "sick/3.png"]
+
+
+def test_a_group_column_holds_out_by_name_where_each_image_has_its_own(tmp_path, frames):
+    for number in range(4):
+        save(tmp_path / f"{number}.png", frames[number])
+    write_csv(tmp_path / "test.csv", ("image", "label", "group"), ("0.png", "a", "P"), ("1.png", "b", "Q"))
+    write_csv(tmp_path / "source.csv", ("image", "group"), ("2.png", "P"), ("3.png", "R"))
+    made, _ = make(tmp_path / "source.csv", tmp_path / "out", holdout=[str(tmp_path / "test.csv")])
+    assert names(made) == ["3.png"]
