@@ -28,8 +28,8 @@ from tqdm import tqdm
 import classifier
 import phantom
 import runtime
-from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models, named_files,
-                       open_backbone, own_size)
+from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models,
+                       named_files, open_backbone, own_size)
 from exchange import read_features, read_predictions
 from features import BLOCKS, Images, cached_features, read_image
 from images import Frame
@@ -55,15 +55,15 @@ PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes 
 NOT_RECIPE = {"data", "exclude", "group_regex", "by", "ckpt", "features", "predictions", "seeds", "output_dir", "latex",
               "cache", "save_every", "preset", "linear", "knn", "linear_steps", "eval_batch_size"}
 
-# images (n,): names, labels (ints into classes), groups; indices of the parts; columns for --by; images: features.Images
+# of n images: names, labels (ints into classes), groups; indices of the parts; columns for --by; images: features.Images
 Data = collections.namedtuple("Data", "names labels classes groups grouped_by train val test columns images")
 
 
 def get_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with --data, else cpu")
-    first.add_argument("--data", help="folder with a folder per class, CSV image,label[,group][,split], or FETAL_PLANES_DB "
-                                      "as downloaded; without it phantom planes")
+    first.add_argument("--data", help="folder with a folder per class, CSV image,label[,group][,split], or "
+                                      "FETAL_PLANES_DB as downloaded; without it phantom planes")
     chosen, _ = first.parse_known_args(argv)
     preset = chosen.preset or ("ultradino" if chosen.data else "cpu")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
@@ -72,9 +72,9 @@ def get_args(argv=None):
     # data
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
     add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
-    add("--by", nargs="+", default=[], metavar="COLUMN", help="score each value of these columns apart, e.g. US_Machine")
-    add("--split_seed", type=int, default=0, help="of the groups drawn for validation and test where the data name none")
-    add("--val_fraction", type=float, default=0.2, help="share of the train groups kept for validation if none is named")
+    add("--by", nargs="+", default=[], metavar="COLUMN", help="score each value of these columns apart: US_Machine, ...")
+    add("--split_seed", type=int, default=0, help="of groups drawn for validation and test where the data name none")
+    add("--val_fraction", type=float, default=0.2, help="share of train groups kept for validation if none is named")
     add("--test_fraction", type=float, default=0.2, help="share of all groups kept for the test if none is named")
     # models
     add_arguments(p)
@@ -163,7 +163,8 @@ def write_split(data, path):
     with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "group", "split"])
-        writer.writerows([name, data.classes[data.labels[i]], data.groups[i], parts[i]] for i, name in enumerate(data.names))
+        writer.writerows([name, data.classes[label], group, parts[i]]
+                         for i, (name, label, group) in enumerate(zip(data.names, data.labels, data.groups)))
     if os.path.exists(path) and not filecmp.cmp(f"{path}.tmp", path, shallow=False):
         print(f"{path} is another split: kept as {runtime.rename_aside(path)}")
     os.replace(f"{path}.tmp", path)
@@ -177,7 +178,7 @@ def counts_line(data):
 # ---------------------------------------------------------------- one model
 
 def probe(features, data, args, seeds, device):
-    """Features (n, L + 1, C) -> class probabilities of the test images (runs, n, K), and what was chosen in each run."""
+    """Features (n, L + 1, C) -> class probabilities of the test images (runs, n, K), and each run's choice."""
     scores, chosen = [], []
     for seed in seeds[:1] if args.knn else seeds:  # k-NN draws nothing
         if args.knn:
@@ -225,8 +226,8 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
     bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
     for step in range(start, steps):
         indices = classifier.batch_indices(groups, seed, step, batch)[own]
-        x, targets = classifier.make_batch(canvases[data.train[indices]], labels[indices], own, seed, step, batch, K, args,
-                                           stats, device)
+        x, targets = classifier.make_batch(canvases[data.train[indices]], labels[indices], own, seed, step, batch, K,
+                                           args, stats, device)
         drops = classifier.draw_drops(backbone, len(x), x.shape[-1], seed, step, rank)
         total += classifier.train_step(network, buffers, optimizer, x, targets, batch, rates[step], args, drops)
         bar.update()
@@ -236,17 +237,18 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
         if done % per_epoch == 0:
             val = classifier.predict(network, canvases[data.val], stats, args.eval_batch_size, device, args.dtype, rank,
                                      world_size)
-            f1 = float(validation_f1(val, data.labels[data.val]))
+            f1, epoch, loss = float(validation_f1(val, data.labels[data.val])), done // per_epoch, total.item() / per_epoch
             if f1 > best["validation macro F1"]:
-                best = {"validation macro F1": f1, "epoch": done // per_epoch, "state": runtime.cpu_copy(network.state_dict())}
+                best = {"validation macro F1": f1, "epoch": epoch, "state": runtime.cpu_copy(network.state_dict())}
             if is_main:
-                runtime.log_line(log_path, bar, {"step": done, "epoch": done // per_epoch, "loss": total.item() / per_epoch,
-                                                 "validation macro F1": f1, "lr": float(rates[step])},
-                                 f"epoch {done // per_epoch}/{args.epochs} | loss {total.item() / per_epoch:.3f} | validation "
-                                 f"macro F1 {f1:.3f}, best {best['validation macro F1']:.3f} | {time.monotonic() - since:.0f} s")
+                record = {"step": done, "epoch": epoch, "loss": loss, "validation macro F1": f1, "lr": float(rates[step])}
+                runtime.log_line(log_path, bar, record, (
+                    f"epoch {epoch}/{args.epochs} | loss {loss:.3f} | validation macro F1 {f1:.3f}, best "
+                    f"{best['validation macro F1']:.3f} | {time.monotonic() - since:.0f} s"))
             total.zero_()
         if stop or done % (args.save_every * per_epoch) == 0:
-            save(done, total=total.item(), network=runtime.cpu_copy(network.state_dict()), optimizer=optimizer.state_dict())
+            save(done, total=total.item(), network=runtime.cpu_copy(network.state_dict()),
+                 optimizer=optimizer.state_dict())
         if stop:
             bar.close()
             return None
@@ -254,7 +256,8 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
 
     # ---- test, once, with the best epoch's weights ----
     network.load_state_dict(best.pop("state"))
-    scores = classifier.predict(network, canvases[data.test], stats, args.eval_batch_size, device, args.dtype, rank, world_size)
+    scores = classifier.predict(network, canvases[data.test], stats, args.eval_batch_size, device, args.dtype, rank,
+                                world_size)
     state = runtime.cpu_copy(network.state_dict())
     seen = {kind: torch.from_numpy(getattr(data.images, kind)[data.train]) for kind in ("content", "looks")}
     if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
@@ -266,8 +269,8 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
 
 
 def run_models(models, data, args, device, rank, world_size, received):
-    """Every row of --ckpt: ({name: scores (runs, n, K)}, {name: [what was chosen, per run]}, {name: [info of each file, and
-    what it was fed with]}); stopped early by a signal it returns None."""
+    """Every row of --ckpt: ({name: scores (runs, n, K)}, {name: [what was chosen, per run]}, {name: [info of each file,
+    and the side of the images it was fed with]}); stopped early by a signal it returns None."""
     scores, chosen, infos = {}, {}, {}
     _, like = common_network(models, args.img_size)
     for model in models:
@@ -278,7 +281,8 @@ def run_models(models, data, args, device, rank, world_size, received):
                 for seed in seeds if path is None else seeds[:1]:  # random initialisation: a network per seed
                     backbone, info = open_backbone(path, like, args.arch, seed)
                     canvases = data.images.at(own_size(args.img_size, backbone))
-                    features = cached_features(backbone.to(device), info, canvases, args.eval_batch_size, device, args.cache)
+                    features = cached_features(backbone.to(device), info, canvases, args.eval_batch_size, device,
+                                               args.cache)
                     found, settings = probe(features, data, args, [seed] if path is None else seeds, device)
                     runs, how = [*runs, *found], [*how, *settings]
                 infos[model.name].append({**info, "fed": canvases.shape[1]})
@@ -306,28 +310,32 @@ def protocol(args):
     if args.linear:
         return (f"linear heads on frozen features (SGD, {args.linear_steps:,} steps of {args.batch_size}; learning rate, "
                 f"last 1 or {BLOCKS} blocks, average pool: the best by validation macro F1)")
-    return (f"full fine-tuning for {args.epochs} epochs (AdamW, learning rate {args.lr:g}, batch {args.batch_size}, layer decay "
-            f"{args.layer_decay:g}, 1 from scratch, weight decay {args.weight_decay:g}, mixup {args.mixup:g}, cutmix "
-            f"{args.cutmix:g}, label smoothing {args.smoothing:g}, augmentation {'on' if args.augment else 'off'}), the "
-            f"epoch of the largest validation macro F1")
+    return (f"full fine-tuning for {args.epochs} epochs (AdamW, learning rate {args.lr:g}, batch {args.batch_size}, "
+            f"layer decay {args.layer_decay:g}, 1 from scratch, weight decay {args.weight_decay:g}, mixup {args.mixup:g}, "
+            f"cutmix {args.cutmix:g}, label smoothing {args.smoothing:g}, augmentation "
+            f"{'on' if args.augment else 'off'}), the epoch of the largest validation macro F1")
 
 
 def methods_text(found, data, args, vectors):
     """What a paper must say, with the counts and arguments of this run."""
-    classes = "; ".join(f"{name} {', '.join(str((data.labels[part] == i).sum()) for part in (data.train, data.val, data.test))}"
+    parts = data.train, data.val, data.test
+    classes = "; ".join(f"{name} {', '.join(str((data.labels[part] == i).sum()) for part in parts)}"
                         for i, name in enumerate(data.classes))
     given = [f"{name} by its test predictions" for name, _ in named_files(args.predictions)]
-    given += [f"{name} by vectors of {vector.shape[-1]:,} numbers that were made elsewhere" for name, vector in vectors.items()]
-    ours = "All models but these had the same protocol and budget" if given else "All models had the same protocol and budget"
-    return (f"{PHANTOMS if args.data is None else ''}{count(len(found['models']), 'model')} were compared on "
-            f"{len(data.names):,} images of {len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; "
-            f"no group was in two parts. {found['copies']['sentence']} Images per class in train, validation, test: {classes}. "
-            f"Images were squashed to {args.img_size} pixels a side, or the nearest multiple of a model's patch size. "
-            + (f"Given were {', '.join(given)}. " if given else "")
-            + f"{ours}: {protocol(args)}; {runs_text(found)}. {STATISTICS} {few_groups(found)}{detectable_sentence(found)} "
-            + "".join(f"{name}: {file['pretraining set']}. " for name, files in found["files"].items() for file in files
-                      if file["pretraining set"])
-            + f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}.")
+    given += [f"{name} by vectors of {vector.shape[-1]:,} numbers that were made elsewhere"
+              for name, vector in vectors.items()]
+    seen = [f"{name}: {file['pretraining set']}. " for name, files in found["files"].items() for file in files
+            if file["pretraining set"]]
+    return "".join([
+        PHANTOMS if args.data is None else "",
+        f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
+        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two parts. ",
+        f"{found['copies']['sentence']} Images per class in train, validation, test: {classes}. Images were squashed to "
+        f"{args.img_size} pixels a side, or the nearest multiple of a model's patch size. ",
+        f"Given were {', '.join(given)}. " if given else "",
+        f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; "
+        f"{runs_text(found)}. {STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
+        f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}."])
 
 
 def main(args):
@@ -385,11 +393,16 @@ def main(args):
     labels, groups = data.labels[data.test], data.groups[data.test]
     found = compare(rows, labels, groups, data.classes, args.seed)
     found.update(phantom=args.data is None, chosen=chosen, files=files_of(infos, data), copies=find_copies(data), by={})
-    print("\n" + "".join(f"{name}, {file['path']}: {file['pretraining set']}\n" for name, files in found["files"].items()
-                         for file in files if file["pretraining set"]) + found["copies"]["sentence"])
-    for name, how in chosen.items():
-        print(f"{name}, on validation: " + "; ".join(", ".join(
-            f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in run.items()) for run in how))
+    print()
+    for name, files in found["files"].items():
+        for file in files:
+            if file["pretraining set"]:
+                print(f"{name}, {file['path']}: {file['pretraining set']}")
+    print(found["copies"]["sentence"])
+    for name, runs in chosen.items():
+        print(f"{name}, on validation: " + "; ".join(
+            ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in run.items())
+            for run in runs))
     print(f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
           f"({runs_text(found)}; files times fine-tuning or probe seeds) [95 % interval over groups]\n")
     print("\n".join([*table(found), "", *class_table(found), "", few_groups(found) + detectable_sentence(found)]))

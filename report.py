@@ -24,8 +24,8 @@ FEW_GROUPS = 30  # below: a warning
 # ---------------------------------------------------------------- scores of all models on one test set
 
 def compare(models, labels, groups, classes, seed, tests=True):
-    """models {name: (scores (S, n, K), ranked)}, labels (n,), groups (n,), class names (K,) -> a dict of plain values, for
-    `table`, `latex` and JSON.
+    """models {name: (scores (S, n, K), ranked)}, labels (n,), groups (n,), class names (K,) -> a dict of plain values,
+    for `table`, `latex` and JSON.
 
     Intervals are percentiles of a cluster bootstrap with the same groups for all models. The first model is compared
     with each other one: difference, interval and, if asked for, p of a sign-flip test over groups, and p after Holm's
@@ -35,7 +35,8 @@ def compare(models, labels, groups, classes, seed, tests=True):
     weights = group_weights(groups.max() + 1, seed, REPLICATES)
     replicates = {name: replicate_scores(labels, scores, groups, weights, ranked)
                   for name, (scores, ranked) in models.items()}
-    found = {"images": len(labels), "groups": int(groups.max()) + 1, "classes": list(classes), "models": {}, "differences": {}}
+    found = {"images": len(labels), "groups": int(groups.max()) + 1, "classes": list(classes), "models": {},
+             "differences": {}}
     several = found["groups"] > 1
     for name, (scores, ranked) in models.items():
         runs = [replicate_scores(labels, run[None], groups, weights[:1], ranked) for run in scores]
@@ -88,8 +89,8 @@ def three(replicates, several):
 def find_copies(data):
     """Test images that lie in train or validation too, under another group: counts, a sentence, a few names."""
     known, images = np.concatenate((data.train, data.val)), data.images
-    counts, _, copied = overlap({"content": images.content[known], "looks": images.looks[known]}, images.content[data.test],
-                                images.looks[data.test])
+    seen = {"content": images.content[known], "looks": images.looks[known]}
+    counts, _, copied = overlap(seen, images.content[data.test], images.looks[data.test])
     if not copied.any():
         return {**counts, "sentence": "No test image was a copy or a look-alike of one in train or validation."}
     return {**counts, "sentence": f"{count(int(copied.sum()), 'test image')} ({counts['identical']:,} by pixels, the others by "
