@@ -61,8 +61,8 @@ def name_parts(file):
 
 
 def named_files(texts):
-    """Words of --features or --predictions, FILE or NAME=FILE -> [(name, file)]."""
-    return [(name or file, file) for name, file in map(split_name, texts)]
+    """Words of --features or --predictions, FILE or NAME=FILE -> [(name, file)]; else called after the file."""
+    return [(name or name_parts(file)[-1], file) for name, file in map(split_name, texts)]
 
 
 def split_name(text):

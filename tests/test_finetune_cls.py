@@ -247,18 +247,18 @@ def test_foreign_features_and_predictions_join(folder):
     np.savez(folder / "theirs.npz", name=[row["image"] for row in every][::-1], vector=vectors[::-1])
     output, report = run(folder, "--data", "set.csv", "--ckpt", "none", *QUICK, "--knn",
                          "--features", "theirs=theirs.npz", "--predictions", "nn_unet=truth.csv", "bare.csv")
-    assert list(report["models"]) == ["random init", "theirs", "nn_unet", "bare.csv"]
-    assert list(report["differences"]) == ["theirs", "nn_unet", "bare.csv"]
-    for name in ("theirs", "nn_unet", "bare.csv"):
+    assert list(report["models"]) == ["random init", "theirs", "nn_unet", "bare"]
+    assert list(report["differences"]) == ["theirs", "nn_unet", "bare"]
+    for name in ("theirs", "nn_unet", "bare"):
         scores, difference = report["models"][name]["scores"], report["differences"][name]
         assert all(scores[score]["estimate"] == 1 for score in CLASSIFICATION_SCORES[:3])
         assert 0 < difference["macro F1"]["p"] <= difference["macro F1"]["p (Holm)"] < 0.1
-        assert scores["macro AUROC"]["estimate"] == (None if name == "bare.csv" else 1)
-        assert (difference["macro AUROC"]["p"] is None) == (name == "bare.csv")
+        assert scores["macro AUROC"]["estimate"] == (None if name == "bare" else 1)
+        assert (difference["macro AUROC"]["p"] is None) == (name == "bare")
     rows = output.split("random init minus ...")
-    assert next(line for line in rows[0].split("\n") if line.startswith("bare.csv")).endswith(" -")
-    assert next(line for line in rows[1].split("\n") if line.startswith("  bare.csv")).endswith(" -")
-    assert ("Given were nn_unet by its test predictions, bare.csv by its test predictions, theirs by vectors of 3 numbers that "
+    assert next(line for line in rows[0].split("\n") if line.startswith("bare")).endswith(" -")
+    assert next(line for line in rows[1].split("\n") if line.startswith("  bare")).endswith(" -")
+    assert ("Given were nn_unet by its test predictions, bare by its test predictions, theirs by vectors of 3 numbers that "
             "were made elsewhere. All models but these had the same protocol") in report["methods"]
     assert not re.search("nan|Warning", output)
 

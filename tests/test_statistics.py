@@ -97,16 +97,27 @@ def test_one_group_has_no_interval():
         assert np.ptp(interval(replicates)) < 1e-12
 
 
-def test_the_interval_covers_the_truth():
-    """Nominal 95 %, images of a group alike; three standard deviations of 200 trials leave 90 %."""
+def coverage(n_groups, trials=200):
+    """How many of the trials' intervals hold the truth, for each score; images of a group are alike."""
     truth = replicate_scores(*models(20_000, runs=(1, 1))[:2], models(20_000)[3], np.ones((1, 20_000), np.float32))
     covered = dict.fromkeys(CLASSIFICATION_SCORES, 0)
-    for trial in range(200):
-        labels, scores, _, groups = models(50, runs=(1, 1), seed=1 + trial)
-        for name, replicates in replicate_scores(labels, scores, groups, group_weights(50, trial, 300)).items():
+    for trial in range(trials):
+        labels, scores, _, groups = models(n_groups, runs=(1, 1), seed=1 + trial)
+        for name, replicates in replicate_scores(labels, scores, groups, group_weights(n_groups, trial, 300)).items():
             _, low, high = interval(replicates)
             covered[name] += low <= truth[name][0] <= high
-    assert min(covered.values()) >= 180, covered
+    return covered
+
+
+def test_the_interval_covers_the_truth():
+    """Nominal 95 %; three standard deviations of 200 trials leave 90 %."""
+    assert min(coverage(50).values()) >= 180
+
+
+def test_of_few_groups_the_interval_is_too_narrow():
+    """What a warning says of test sets with few groups: not an aim, but true."""
+    covered = coverage(6)
+    assert 140 < min(covered.values()) < 180, covered
 
 
 def test_means_of_images():
