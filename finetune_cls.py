@@ -411,7 +411,7 @@ def main(args):
         found["by"][column] = by_column(rows, labels, groups, data.classes, values, args.seed)
         print("\n" + "\n".join(by_table(column, found["by"][column])))
     if args.data is None:
-        print(f"\n{PHANTOMS}")
+        print(f"\n{PHANTOMS.strip()}")
     found["methods"] = methods_text(found, data, args, vectors)
     for name, model in found["models"].items():
         path = os.path.join(args.output_dir, f"confusion-{slug(name)}.png")
