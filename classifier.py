@@ -86,11 +86,14 @@ def learning_rates(args, steps, per_epoch):
     return cosine_schedule(args.lr, 0.0, steps, min(round(args.warmup_epochs * per_epoch), steps // 2))
 
 
-def batch_indices(groups, seed, step, batch):
-    """Which train images the whole batch of a step holds (batch,): epochs in a random order, siblings spread apart;
-    the rest of an epoch that fills no batch is left out of it."""
-    epoch, place = divmod(step, len(groups) // batch)
-    return image_order(groups, seed, epoch)[place * batch:(place + 1) * batch]
+def batches(groups, seed, steps, batch):
+    """Yield which train images the whole batch of each of `steps`, a range, holds (batch,): epochs in a random order,
+    siblings spread apart; the rest of an epoch that fills no batch is left out of it."""
+    for step in steps:
+        epoch, place = divmod(step, len(groups) // batch)
+        if place == 0 or step == steps.start:
+            order = image_order(groups, seed, epoch)
+        yield order[place * batch:(place + 1) * batch]
 
 
 def share(batch, rank, world_size):

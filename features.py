@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from augment import normalise_only
 from fan import background, find_fan
 from images import load_frame, resize_square
 from leakage import WORDS, content_hash, perceptual_hash
@@ -101,10 +102,6 @@ def outside_fans(load, groups):
 
 # ---------------------------------------------------------------- features
 
-def normalise(canvases, mean, std):
-    return (canvases[:, None].float() / 255 - mean) / std  # (B, 1, h, w)
-
-
 @torch.no_grad()
 def embed(backbone, x):
     """Images (B, 1, h, w) -> features float32 (B, L + 1, C)."""
@@ -120,7 +117,7 @@ def extract(backbone, canvases, mean, std, batch_size, device):
     starts = range(0, len(canvases), batch_size)
     for start in tqdm(starts, desc="features", disable=not sys.stderr.isatty(), leave=False):
         part = torch.from_numpy(canvases[start:start + batch_size]).to(device)
-        rows.append(embed(backbone, normalise(part, mean, std)).cpu())
+        rows.append(embed(backbone, normalise_only(part, mean, std)).cpu())
     return torch.cat(rows)
 
 

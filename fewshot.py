@@ -29,7 +29,7 @@ from exchange import read_features
 from features import Images, cached_features, few_shot_vector, outside_fans, read_image
 from images import Frame
 from leakage import overlap
-from lists import SPLITS, LabelledSet, read_labelled
+from lists import SPLITS, LabelledSet, groups_have_names, read_labelled
 from metrics import balanced_accuracy, bootstrap, group_confusion, interval, macro_f1, resampling_weights
 from plots import curves_png
 from probes import linear_probe, logistic_regression, nearest_mean, nearest_neighbours
@@ -227,8 +227,10 @@ def fine_tuned(file, canvases, labels, groups, support, query, seed, args, devic
     decay = 1.0 if file.info["digest"] is None else args.layer_decay  # nothing below is worth keeping
     network, buffers, optimizer = classifier.build(copy.deepcopy(file.backbone), K, seed, decay, device)
     batch = min(FINETUNE_BATCH, len(rows))
-    for step, lr in enumerate(cosine_schedule(args.lr, 0.0, args.finetune_steps, args.finetune_steps // 10)):
-        own = rows[classifier.batch_indices(groups[rows], seed, step, batch)]  # (batch,)
+    rates = cosine_schedule(args.lr, 0.0, args.finetune_steps, args.finetune_steps // 10)
+    drawn = classifier.batches(groups[rows], seed, range(args.finetune_steps), batch)
+    for step, (lr, indices) in enumerate(zip(rates, drawn)):
+        own = rows[indices]  # (batch,)
         x, targets = classifier.make_batch(canvases[own], labels[own], slice(0, batch), seed, step, batch, K, recipe,
                                            stats, device)
         loss = classifier.train_step(network, buffers, optimizer, x, targets, batch, lr, recipe)
@@ -388,7 +390,7 @@ def main(args):
     rows.update({name: [(vector, None)] for name, vector in vectors.items()})
 
     # ---- what is known of the set ----
-    named = found.grouped_by.startswith(("group column", "--group_regex", "DICOM"))  # folders can be called alike
+    named = groups_have_names(found.grouped_by)
     checkpoints = []
     for name, file in loaded:
         seen, line, _ = overlap(file.info["seen"], images.content, images.looks, found.groups if named else None)

@@ -224,8 +224,9 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
     own = classifier.share(batch, rank, world_size)
     total, since = torch.tensor(saved["total"] if saved else 0.0, device=device), time.monotonic()
     bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
-    for step in range(start, steps):
-        indices = classifier.batch_indices(groups, seed, step, batch)[own]
+    todo = range(start, steps)
+    for step, indices in zip(todo, classifier.batches(groups, seed, todo, batch)):
+        indices = indices[own]
         x, targets = classifier.make_batch(canvases[data.train[indices]], labels[indices], own, seed, step, batch, K,
                                            args, stats, device)
         drops = classifier.draw_drops(backbone, len(x), x.shape[-1], seed, step, rank)
@@ -268,11 +269,10 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
     return scores.numpy(), best
 
 
-def run_models(models, data, args, device, rank, world_size, received):
+def run_models(models, like, data, args, device, rank, world_size, received):
     """Every row of --ckpt: ({name: scores (runs, n, K)}, {name: [what was chosen, per run]}, {name: [info of each file,
     and the side of the images it was fed with]}); stopped early by a signal it returns None."""
     scores, chosen, infos = {}, {}, {}
-    _, like = common_network(models, args.img_size)
     for model in models:
         runs, how, infos[model.name] = [], [], []
         for number, path in enumerate(model.paths):
@@ -349,7 +349,7 @@ def main(args):
     foreign = named_files(args.features), named_files(args.predictions)
     names = [model.name for model in models] + [name for files in foreign for name, _ in files]
     check_names([slug(name) for name in names])  # what their files are called
-    args.img_size, _ = common_network(models, args.img_size, PHANTOM_SIZE if args.data is None else DEFAULT_SIZE)
+    args.img_size, like = common_network(models, args.img_size, PHANTOM_SIZE if args.data is None else DEFAULT_SIZE)
     data, notes = open_data(args)
     test = [data.names[i] for i in data.test]
     theirs = {name: read_predictions(path, test, data.classes) for name, path in foreign[1]}
@@ -374,7 +374,7 @@ def main(args):
         write_split(data, os.path.join(args.output_dir, "split.csv"))
 
     # ---- models ----
-    found = run_models(models, data, args, device, rank, world_size, received)
+    found = run_models(models, like, data, args, device, rank, world_size, received)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -73,6 +73,11 @@ def list_images(sources, exclude=(), group_regex=None):
     return ImageList(paths, names, groups, grouped_by, closed)
 
 
+def groups_have_names(grouped_by):
+    """Whether a group's name is a patient's, an examination's or a clip's: folders elsewhere can be called alike."""
+    return grouped_by.startswith(("group column", "--group_regex", "DICOM"))
+
+
 def dicom_groups(images):
     """A list whose groups are DICOM's patients, or studies where all patients are called alike; files that name neither
     keep their group. A group column or --group_regex goes first."""

@@ -353,7 +353,8 @@ def main(args):
     identity.update(data=data.info["digest"], batch=batch, init=start and start[1]["digest"])
     constant = {"config": start[1]["config"] if start else backbone_config(args), "mean": data.mean, "std": data.std,
                 "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "identity": identity,
-                "seen": merge_seen(data.digests(), start and start[1]["seen"]), "commit": runtime.git_commit(), "torch": str(torch.__version__)}
+                "seen": merge_seen(data.digests(), start and start[1]["seen"]), "commit": runtime.git_commit(),
+                "torch": str(torch.__version__)}
     checkpoint, first = runtime.resume(path, log_path, identity, is_main), 0
     if checkpoint:
         for state, saved in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer")):

@@ -119,7 +119,7 @@ def nearest_mean(x, support):
     return torch.stack(predictions)
 
 
-def nearest_neighbours(x, support, temperature=0.07):
+def nearest_neighbours(x, support, temperature=KNN_TEMPERATURE):
     """The min(k, 5) support images of largest cosine vote with weight exp(cosine / temperature), as in DINO."""
     x, predictions = F.normalize(x, dim=1), []
     K, k = support.shape[1:]

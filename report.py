@@ -11,6 +11,7 @@ import PIL
 import torch
 
 from leakage import overlap
+from lists import groups_have_names
 from metrics import (CLASSIFICATION_SCORES, confusion, detectable_difference, group_weights, holm, interval, per_class,
                      replicate_scores, sign_flip_test)
 from runtime import git_commit, rename_aside
@@ -87,10 +88,11 @@ def three(replicates, several):
 # ---------------------------------------------------------------- what the models had seen of the test set
 
 def find_copies(data):
-    """Test images that lie in train or validation too, under another group: counts, a sentence, a few names."""
+    """Test images that lie in train or validation too, under another group: counts, their names, a sentence."""
     known, images = np.concatenate((data.train, data.val)), data.images
     seen = {"content": images.content[known], "looks": images.looks[known]}
     counts, _, copied = overlap(seen, images.content[data.test], images.looks[data.test])
+    counts["names"] = [data.names[i] for i in data.test[copied]]
     if not copied.any():
         return {**counts, "sentence": "No test image was a copy or a look-alike of one in train or validation."}
     return {**counts, "sentence": f"{count(int(copied.sum()), 'test image')} ({counts['identical']:,} by pixels, the others by "
@@ -99,7 +101,7 @@ def find_copies(data):
 
 def files_of(infos, data):
     """{name of a model: what each of its files is, how it was fed, and whether it was pretrained on test images}."""
-    named = data.grouped_by.startswith(("group column", "--group_regex", "DICOM"))  # folders can be called alike
+    named = groups_have_names(data.grouped_by)
     files = {}
     for name, own in infos.items():
         files[name] = []

@@ -157,8 +157,8 @@ def train(args, rank, world_size, batch, steps):
     first = []
     optimizer.register_step_pre_hook(lambda *_: first.append([grads.clone() for _, grads in buffers]))
     own, losses = classifier.share(batch, rank, world_size), []
-    for step in range(steps):
-        rows = classifier.batch_indices(np.arange(len(labels)), 0, step, batch)[own]
+    for step, rows in enumerate(classifier.batches(np.arange(len(labels)), 0, range(steps), batch)):
+        rows = rows[own]
         x, targets = classifier.make_batch(canvases[rows], labels[rows], own, 0, step, batch, K, args, STATS, CPU)
         losses.append(classifier.train_step(net, buffers, optimizer, x.double(), targets, batch, rates[step], args))
     net.float()
@@ -263,12 +263,15 @@ def test_an_epoch_shows_no_image_twice():
 
     def epoch(number, seed=0):
         steps = range(4 * number, 4 * number + 4)
-        return [classifier.batch_indices(groups, seed, step, batch).tolist() for step in steps]
+        return [rows.tolist() for rows in classifier.batches(groups, seed, steps, batch)]
 
     epochs = [epoch(number) for number in range(30)]
     for batches in epochs:
         assert all(len(rows) == batch for rows in batches) and len({i for rows in batches for i in rows}) == 20
     assert len({str(batches) for batches in epochs}) == 30
+    whole = [rows.tolist() for rows in classifier.batches(groups, 0, range(12), batch)]  # as a run that never stopped
+    assert whole == epochs[0] + epochs[1] + epochs[2]
+    assert [rows.tolist() for rows in classifier.batches(groups, 0, range(6, 12), batch)] == whole[6:]  # amid an epoch
     assert {i for batches in epochs for rows in batches for i in rows} == set(range(23))  # another rest each epoch
     assert epoch(2) == epochs[2] and epoch(2, seed=1) != epochs[2]
 

@@ -272,7 +272,7 @@ def test_copies_of_test_images_in_train_and_validation_are_found():
     looks = np.random.default_rng(0).integers(0, 2**63, (5, 4))
     assert report.find_copies(data_of(range(5), looks))["sentence"].startswith("No test image")
     found = report.find_copies(data_of([0, 1, 2, 2, 4], looks))  # as one of validation
-    assert found["identical"] == 1 and found["sentence"].startswith("1 test image (1 by pixels")
+    assert found["identical"] == 1 and found["names"] == ["3.png"] and found["sentence"].startswith("1 test image (1 by pixels")
     looks[4] = looks[0] ^ 5  # two bits off one of train
     found = report.find_copies(data_of([0, 1, 2, 2, 4], looks))
     assert (found["identical"], found["look_alike"]) == (1, 1) and found["sentence"].startswith("2 test images (1 by pixels")
