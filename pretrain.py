@@ -51,6 +51,7 @@ PRESETS = {
 INIT = {"ultradino": dict(freeze_backbone_fraction=0.05, base_lr=1e-3, momentum_teacher=0.996, drop_path_rate=0.1),
         "cpu": dict(freeze_backbone_fraction=0.05, base_lr=1.25e-3, momentum_teacher=0.98)}
 FROM_FILE = ("arch", "patch_size", "num_register_tokens", "layerscale", "init_std")  # no flags beside --init
+WORKER_GONE = (ConnectionResetError, ConnectionRefusedError, EOFError)  # instead of torch's own message
 CROP_SIZES = ("global_crops_size", "local_crops_size")
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
 PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir", "init"}  # kept out of last.pt: they can name patients
@@ -430,7 +431,8 @@ if __name__ == "__main__":
             main(get_args())
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # ends the data workers: no exit waits for them in vain
-            if str(error).startswith("DataLoader worker (pid"):  # raised anywhere, by a signal handler of torch's
+            # raised anywhere, by a signal handler of torch's; or by what was reading from the worker as it died
+            if str(error).startswith("DataLoader worker (pid") or isinstance(error, WORKER_GONE):
                 raise ChildProcessError(f"a data worker died ({str(error).strip()}): out of memory or of shared memory "
                                         f"(/dev/shm)? try fewer --num_workers; the last checkpoint is unharmed")
             raise

@@ -237,6 +237,21 @@ def test_a_killed_data_worker_ends_the_run(packed, tmp_path, processes):
     assert f"resuming ./last.pt at step {step}" in (tmp_path / "output.txt").read_text()
 
 
+def test_a_connection_that_breaks_as_a_worker_dies_is_no_riddle(packed, tmp_path):
+    """What is read from a worker in its last moment fails before torch has noticed that it is gone."""
+    (tmp_path / "planted.py").write_text(
+        "import runpy, sys\n"
+        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter\n"
+        "def planted(self, timeout=0):\n    raise ConnectionResetError(104, 'Connection reset by peer')\n"
+        "_MultiProcessingDataLoaderIter._try_get_data = planted\n"
+        "sys.argv.pop(0)\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--num_workers", 1]
+    done = subprocess.run([sys.executable, "planted.py", *map(str, [ROOT / "pretrain.py", *args])], cwd=tmp_path,
+                          env={**environment(), "PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2 and "error: a data worker died" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
 def test_an_error_inside_a_data_worker_keeps_its_traceback(packed, tmp_path):
     """And the run ends: its workers ignore SIGTERM, so that an exit that left them to it would wait for ever."""
     (tmp_path / "planted.py").write_text(
