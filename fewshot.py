@@ -30,11 +30,12 @@ from features import Images, cached_features, few_shot_vector, outside_fans, rea
 from images import Frame
 from leakage import overlap
 from lists import SPLITS, LabelledSet, groups_have_names, read_labelled
-from metrics import balanced_accuracy, bootstrap, group_confusion, interval, macro_f1, resampling_weights
+from metrics import balanced_accuracy, group_confusion, macro_f1
 from plots import curves_png
 from probes import linear_probe, logistic_regression, nearest_mean, nearest_neighbours
 from report import check_output, shorten, write_json
 from runtime import clear_errors, cosine_schedule, setup
+from stats import bootstrap, interval, resampling_weights
 
 SCRIPT = "fewshot.py"
 SCORES = {"balanced accuracy": balanced_accuracy, "macro F1": macro_f1}

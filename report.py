@@ -12,13 +12,13 @@ import torch
 
 from leakage import overlap
 from lists import groups_have_names
-from metrics import (CLASSIFICATION_SCORES, confusion, detectable_difference, group_weights, holm, interval, per_class,
-                     replicate_scores, sign_flip_test)
+from metrics import CLASSIFICATION_SCORES, confusion, per_class
 from runtime import git_commit, rename_aside
+from stats import detectable_difference, group_weights, holm, interval, replicate_scores, sign_flip_test
 
 REPLICATES, FLIPS = 2000, 10_000  # of the cluster bootstrap, of the sign-flip test
-PRIMARY = "macro F1"  # what epochs and heads are chosen by, and what LaTeX tests
-COLUMN = 24  # characters of a column
+PRIMARY = "macro F1"  # what epochs and heads are chosen by
+COLUMN, SIDE_BY_SIDE = 24, 4  # characters of a column; columns on a screen, beside the names
 FEW_GROUPS = 30  # below: a warning
 
 
@@ -36,34 +36,47 @@ def compare(models, labels, groups, classes, seed, tests=True):
     weights = group_weights(groups.max() + 1, seed, REPLICATES)
     replicates = {name: replicate_scores(labels, scores, groups, weights, ranked)
                   for name, (scores, ranked) in models.items()}
-    found = {"images": len(labels), "groups": int(groups.max()) + 1, "classes": list(classes), "models": {},
-             "differences": {}}
+    found = {"images": len(labels), "groups": int(groups.max()) + 1, "classes": list(classes),
+             "order": list(CLASSIFICATION_SCORES), "primary": PRIMARY, "models": {}}
     several = found["groups"] > 1
     for name, (scores, ranked) in models.items():
         runs = [replicate_scores(labels, run[None], groups, weights[:1], ranked) for run in scores]
         counts = confusion(labels, scores.argmax(2), len(classes))  # (S, K, K)
         pooled = per_class(counts.sum(0))
         found["models"][name] = {
-            "runs": len(scores),
-            "scores": {score: three(replicates[name][score], several) for score in CLASSIFICATION_SCORES},
-            "per run": {score: [number(run[score][0]) for run in runs] for score in CLASSIFICATION_SCORES},
+            **scores_of(replicates[name], runs, several),
             "confusion, mean of runs": counts.mean(0).tolist(),
             "per class, pooled over runs": {label: {key: number(values[k]) for key, values in pooled.items()}
-                                            for k, label in enumerate(classes)},
-            "standard error": {score: number(standard_error(replicates[name][score])) if several else None
-                               for score in CLASSIFICATION_SCORES}}
+                                            for k, label in enumerate(classes)}}
     first, *others = models
-    p = {name: dict.fromkeys(CLASSIFICATION_SCORES, np.nan) for name in others}
+    p = {}
     for name in others if tests and several else ():
         (a, ranked_a), (b, ranked_b) = models[first], models[name]
         p[name] = sign_flip_test(labels, a, b, groups, seed, FLIPS, ranked_a and ranked_b)
-    for score in CLASSIFICATION_SCORES:
-        corrected = holm(np.array([p[name][score] for name in others]))
-        for name, adjusted in zip(others, corrected):
-            difference = replicates[first][score] - replicates[name][score]
+    return {**found, "differences": differences(replicates, p, several)}
+
+
+def scores_of(replicates, runs, several):
+    """What is said of a model's scores: replicates {score: (1 + R,)}, and such a dict of each run alone."""
+    return {"runs": len(runs),
+            "scores": {score: three(interval(values), several) for score, values in replicates.items()},
+            "per run": {score: [number(run[score][0]) for run in runs] for score in replicates},
+            "standard error": {score: number(standard_error(values)) if several else None
+                               for score, values in replicates.items()}}
+
+
+def differences(replicates, p, several):
+    """What is said of the first model minus each other one, {name: {score: ...}}: replicates {name: {score: (1 + R,)}},
+    p {name: {score: p}} of those that were tested."""
+    (_, first), *others = replicates.items()
+    found = {name: {} for name, _ in others}
+    for score in first:
+        tested = np.array([p[name][score] if name in p else np.nan for name, _ in others])
+        for (name, other), value, adjusted in zip(others, tested, holm(tested)):
+            difference = first[score] - other[score]
             detectable = detectable_difference(difference)
-            found["differences"].setdefault(name, {})[score] = {
-                **three(difference, several), "p": number(p[name][score]), "p (Holm)": number(adjusted),
+            found[name][score] = {
+                **three(interval(difference), several), "p": number(value), "p (Holm)": number(adjusted),
                 "detectable": number(detectable) if several and detectable > 1e-9 else None}
     return found
 
@@ -78,8 +91,9 @@ def standard_error(replicates):
     return drawn.std(ddof=1) if len(drawn) > 1 else np.nan
 
 
-def three(replicates, several):
-    estimate, low, high = map(number, interval(replicates))
+def three(found, several):
+    """(estimate, low, high) for JSON; of one group there are no bounds."""
+    estimate, low, high = map(number, found)
     if estimate is None or not several:
         low = high = None
     return {"estimate": estimate, "low": low, "high": high}
@@ -122,32 +136,50 @@ def shorten(name, width):
     return name if len(name) <= width else name[:width // 2 - 1] + "…" + name[-(width - width // 2):]
 
 
-def cell(found, signed=False):
-    sign = "+" if signed else ""
+def decimals(score):
+    return 2 if score.endswith("]") else 3  # a score with a unit is a length, others go from 0 to 1
+
+
+def cell(found, score, signed=False):
+    form = f"{'+' if signed else ''}.{decimals(score)}f"
     if found["low"] is None:
-        return "-" if found["estimate"] is None else f"{found['estimate']:{sign}.3f} [-]"
-    return f"{found['estimate']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+        return "-" if found["estimate"] is None else f"{found['estimate']:{form}} [-]"
+    return f"{found['estimate']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
 
 
 def row(title, cells):
-    return f"{shorten(title, COLUMN - 1):{COLUMN}}" + "".join(f"{text:{COLUMN}}" for text in cells).rstrip()
+    return f"{shorten(title, COLUMN - 1):{COLUMN}}" + "".join(f"{text:{COLUMN - 1}} " for text in cells).rstrip()
 
 
 def table(found):
-    """Lines: a row per model, then the first model minus each other one, with p before and after Holm's correction."""
-    lines = [row("", CLASSIFICATION_SCORES)]
+    """Lines: a row per model, then the first model minus each other one, with p before and after Holm's correction.
+
+    Of more scores than a screen is wide, there are several such blocks.
+    """
+    order, lines = found["order"], []
+    for shown in np.array_split(order, -(-len(order) // SIDE_BY_SIDE)):
+        lines += [""] * bool(lines) + block(found, shown.tolist())
+    return lines
+
+
+def block(found, shown):
+    lines = [row("", shown)]
     for name, model in found["models"].items():
-        lines.append(row(name, [cell(model["scores"][score]) for score in CLASSIFICATION_SCORES]))
+        lines.append(row(name, [cell(model["scores"][score], score) for score in shown]))
         if model["runs"] > 1:
-            runs = [model["per run"][score] for score in CLASSIFICATION_SCORES]
-            lines.append(row(f"  sd of {model['runs']} runs",
-                             ["-" if None in values else f"{np.std(values, ddof=1):.3f}" for values in runs]))
+            lines.append(row(f"  sd of {model['runs']} runs", [spread(model, score) or "-" for score in shown]))
     if found["differences"]:
         lines.append(f"{shorten(next(iter(found['models'])), 100)} minus ...")
     for name, scores in found["differences"].items():
-        lines.append(row(f"  {name}", [cell(scores[score], signed=True) for score in CLASSIFICATION_SCORES]))
-        lines.append(row("    p, and after Holm", [p_text(scores[score]) for score in CLASSIFICATION_SCORES]))
+        lines.append(row(f"  {name}", [cell(scores[score], score, signed=True) for score in shown]))
+        lines.append(row("    p, and after Holm", [p_text(scores[score]) for score in shown]))
     return lines
+
+
+def spread(model, score):
+    """Standard deviation over runs as text, or None."""
+    values = model["per run"][score]
+    return None if None in values or len(values) < 2 else f"{np.std(values, ddof=1):.{decimals(score)}f}"
 
 
 def p_text(found):
@@ -161,8 +193,8 @@ def p_value(p):
 def class_table(found):
     """Lines: F1 of each class, pooled over runs, a row per class and a column per model, four of them side by side."""
     names, lines = list(found["models"]), []
-    for start in range(0, len(names), 4):
-        shown = names[start:start + 4]
+    for start in range(0, len(names), SIDE_BY_SIDE):
+        shown = names[start:start + SIDE_BY_SIDE]
         lines.append(row("F1 of each class", [shorten(name, COLUMN - 1) for name in shown]))
         for label in found["classes"]:
             values = [found["models"][name]["per class, pooled over runs"][label]["f1"] for name in shown]
@@ -188,7 +220,7 @@ def by_table(column, found):
         for i, (name, model) in enumerate(part["models"].items()):
             first = (value, f"{part['images']:,}, {part['groups']:,}") if i == 0 else ("", "")
             lines.append(row(f"  {first[0]}", (first[1], shorten(name, COLUMN - 1),
-                                               *(cell(model["scores"][score]) for score in shown))))
+                                               *(cell(model["scores"][score], score) for score in shown))))
     return lines
 
 
@@ -212,27 +244,25 @@ def escape(text):
 def latex(found, methods, script, warning=""):
     """The table, the size of the test set, the smallest detectable difference and the methods text, for any document
     class and no further package. warning: what the caption must begin with."""
-    def lines_of(value, spread=None):
+    def lines_of(value, score, spread=None):
         if value["estimate"] is None:
             return "--"
-        above = f"{value['estimate']:.3f}" + (f" $\\pm$ {spread:.3f}" if spread is not None else "")
-        return above if value["low"] is None else (r"\shortstack{" + above + r"\\{[}" + f"{value['low']:.3f}, "
-                                                   f"{value['high']:.3f}" + "{]}}")
+        form = f".{decimals(score)}f"
+        above = f"{value['estimate']:{form}}" + (rf" $\pm$ {spread}" if spread else "")
+        return above if value["low"] is None else (r"\shortstack{" + above + r"\\{[}" + f"{value['low']:{form}}, "
+                                                   f"{value['high']:{form}}" + "{]}}")
 
-    def sd(values):
-        return None if None in values or len(values) < 2 else np.std(values, ddof=1)
-
-    first = next(iter(found["models"]))
-    lines = [f"% written by {script}", r"\begin{table}", r"\centering\footnotesize",
-             r"\begin{tabular}{l" + "c" * len(CLASSIFICATION_SCORES) + "}", r"\hline",
-             " & ".join(["", *map(escape, CLASSIFICATION_SCORES)]) + r" \\", r"\hline"]
+    first, order = next(iter(found["models"])), found["order"]
+    size = r"\footnotesize" if len(order) <= SIDE_BY_SIDE else r"\scriptsize\setlength{\tabcolsep}{3pt}"
+    lines = [f"% written by {script}", r"\begin{table}", r"\centering" + size,
+             r"\begin{tabular}{l" + "c" * len(order) + "}", r"\hline",
+             " & ".join(["", *map(escape, order)]) + r" \\", r"\hline"]
     for name, model in found["models"].items():
-        cells = [lines_of(model["scores"][score], sd(model["per run"][score])) for score in CLASSIFICATION_SCORES]
+        cells = [lines_of(model["scores"][score], score, spread(model, score)) for score in order]
         lines.append(" & ".join([escape(name), *cells]) + r" \\")
     for name, scores in found["differences"].items():
-        cells = [lines_of(scores[score]) for score in CLASSIFICATION_SCORES]
-        tests = ["--" if scores[score]["p"] is None else escape(p_value(scores[score]["p (Holm)"]))
-                 for score in CLASSIFICATION_SCORES]
+        cells = [lines_of(scores[score], score) for score in order]
+        tests = ["--" if scores[score]["p"] is None else escape(p_value(scores[score]["p (Holm)"])) for score in order]
         lines += [r"\hline", " & ".join([escape(f"{first} minus {name}"), *cells]) + r" \\",
                   " & ".join([r"\quad p after Holm", *tests]) + r" \\"]
     caption = (f"{warning}Test set of {count(found['images'], 'image')} of {count(found['groups'], 'group')}: mean over runs "
@@ -245,14 +275,15 @@ def latex(found, methods, script, warning=""):
 
 def detectable_sentence(found):
     """What the test set could have shown at all: from the standard error of the differences, or of the one score."""
-    parts = [f"{name} {scores[PRIMARY]['detectable']:.3f}" for name, scores in found["differences"].items()
-             if scores[PRIMARY]["detectable"] is not None]
+    primary = found["primary"]
+    parts = [f"{name} {scores[primary]['detectable']:.3f}" for name, scores in found["differences"].items()
+             if scores[primary]["detectable"] is not None]
     if parts:
-        return (f"Smallest difference in {PRIMARY} that a two-sided 5 % test, before any correction, finds with 80 % power: "
+        return (f"Smallest difference in {primary} that a two-sided 5 % test, before any correction, finds with 80 % power: "
                 + ", ".join(parts) + ".")
     name, model = next(iter(found["models"].items()))
-    error = model["standard error"][PRIMARY]
-    return f"Standard error of the {PRIMARY} of {name} over groups: {'unknown' if error is None else f'{error:.3f}'}."
+    error = model["standard error"][primary]
+    return f"Standard error of the {primary} of {name} over groups: {'unknown' if error is None else f'{error:.3f}'}."
 
 
 def few_groups(found):

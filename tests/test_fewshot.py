@@ -18,6 +18,7 @@ import finetune_cls
 import metrics
 import phantom
 import runtime
+import stats
 from leakage import content_hash, perceptual_hash
 from lists import read_labelled
 from model import VisionTransformer
@@ -52,8 +53,8 @@ def test_separable_features_score_one_and_noise_scores_chance():
             for column, replicates in cells.items()}
     for classifier in ("nearest mean", "k-NN", "logreg"):
         for score in (0, 1):
-            assert metrics.interval(results["pretrained", classifier][score]) == (1, 1, 1)
-        _, low, high = metrics.interval(results["random init", classifier][0])
+            assert stats.interval(results["pretrained", classifier][score]) == (1, 1, 1)
+        _, low, high = stats.interval(results["random init", classifier][0])
         assert low < 1 / 3 < high and high - low < 0.1
         difference = rows["pretrained - random init", classifier][0]
         assert difference[0] == 1 - results["random init", classifier][0, 0]
@@ -85,7 +86,7 @@ def test_table_is_narrow_and_records_are_complete():
     lines = fewshot.table(results, 5, 1 / 3)
     assert max(map(len, lines)) <= 120
     assert sum("pretrained - " in line for line in lines) == 4 and "chance 0.333" in lines[1]
-    estimate, low, high = metrics.interval(results["pixels", "logreg"][0])
+    estimate, low, high = stats.interval(results["pixels", "logreg"][0])
     row = next(line for line in lines if line.strip().startswith("pixels"))
     assert row.endswith(f"{estimate:.3f} [{low:.3f}, {high:.3f}]")
     assert len(list(fewshot.records(results, 5))) == 5 * 3 * 2

@@ -5,6 +5,7 @@ import pytest
 import sklearn.metrics
 
 import metrics
+import stats
 
 K = 4
 RNG = np.random.default_rng(0)
@@ -165,20 +166,20 @@ test_set_of.__test__ = False
 
 def replicates_of(labels, predictions, groups, seed=0, replicates=500):
     counts = metrics.group_confusion(labels, predictions, groups, 3, groups.max() + 1)
-    return metrics.bootstrap(counts, metrics.resampling_weights(len(counts), groups.max() + 1, seed, replicates))
+    return stats.bootstrap(counts, stats.resampling_weights(len(counts), groups.max() + 1, seed, replicates))
 
 
 def width(replicates):
-    _, low, high = metrics.interval(replicates)
+    _, low, high = stats.interval(replicates)
     return high - low
 
 
 def test_a_replicate_is_the_score_of_the_resampled_test_set():
     labels, predictions, groups = test_set_of(12)
     predictions[:, RNG.random(len(groups)) < 0.2] = -1
-    weights = metrics.resampling_weights(8, 12, seed=3, replicates=5)
+    weights = stats.resampling_weights(8, 12, seed=3, replicates=5)
     assert (weights[0].sum(1) == 8).all() and (weights[1].sum(1) == 12).all() and weights[1].max() > 1
-    actual = metrics.bootstrap(metrics.group_confusion(labels, predictions, groups, 3, 12), weights)
+    actual = stats.bootstrap(metrics.group_confusion(labels, predictions, groups, 3, 12), weights)
     for r, (episode_weights, group_weights) in enumerate(zip(*weights)):
         images = np.concatenate([np.flatnonzero(groups == group) for group in range(12)
                                  for _ in range(int(group_weights[group]))])
@@ -194,16 +195,16 @@ def test_a_replicate_is_the_score_of_the_resampled_test_set():
 def test_the_estimate_is_the_mean_over_episodes():
     labels, predictions, groups = test_set_of(12)
     expected = np.mean([sklearn.metrics.balanced_accuracy_score(labels, row) for row in predictions])
-    assert metrics.interval(replicates_of(labels, predictions, groups)[0])[0] == pytest.approx(expected, abs=1e-6)
+    assert stats.interval(replicates_of(labels, predictions, groups)[0])[0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_interval_is_the_percentiles_of_all_but_the_estimate():
-    assert metrics.interval(np.concatenate(([1000.0], np.arange(101)))) == (1000.0, 2.5, 97.5)
+    assert stats.interval(np.concatenate(([1000.0], np.arange(101)))) == (1000.0, 2.5, 97.5)
 
 
 def test_constant_predictions_have_no_interval():
     labels, predictions, groups = test_set_of(60)
-    assert metrics.interval(replicates_of(labels, predictions * 0, groups)[0]) == pytest.approx((1 / 3,) * 3, abs=1e-12)
+    assert stats.interval(replicates_of(labels, predictions * 0, groups)[0]) == pytest.approx((1 / 3,) * 3, abs=1e-12)
 
 
 def test_fewer_groups_widen_the_interval():
@@ -225,7 +226,7 @@ def test_the_interval_covers_the_truth():
     covered = 0
     for trial in range(200):
         replicates = replicates_of(*test_set_of(60, spread=0.25, seed=trial), seed=trial, replicates=300)
-        _, low, high = metrics.interval(replicates[0])
+        _, low, high = stats.interval(replicates[0])
         covered += low <= 0.7 <= high
     assert covered >= 180
 
@@ -242,4 +243,4 @@ def test_differences_are_paired():
 def test_an_episode_without_query_images_is_left_out_of_its_replicate():
     """Two groups, each the query of one episode: half of the replicates draw one of them twice and the other never."""
     replicates = replicates_of(np.array([0, 1]), np.array([[0, -1], [-1, 1]]), np.array([0, 1]))[0]
-    assert (replicates[np.isfinite(replicates)] == 1).all() and metrics.interval(replicates) == (1, 1, 1)
+    assert (replicates[np.isfinite(replicates)] == 1).all() and stats.interval(replicates) == (1, 1, 1)

@@ -11,6 +11,7 @@ from scipy.stats import norm
 
 import metrics
 import report
+import stats
 from exchange import read_predictions
 from metrics import CLASSIFICATION_SCORES
 
@@ -43,18 +44,19 @@ def test_numbers_are_those_of_metrics():
     rows, labels, groups = models()
     found = report.compare(rows, labels, groups, CLASSES, seed=5)
     numbers = np.unique(groups, return_inverse=True)[1]
-    weights = metrics.group_weights(8, 5, 300)
+    weights = stats.group_weights(8, 5, 300)
     assert found["images"] == 24 and found["groups"] == 8 and list(found["models"]) == list(rows)
-    replicates = {name: metrics.replicate_scores(labels, scores, numbers, weights, ranked)
+    assert found["order"] == list(CLASSIFICATION_SCORES) and found["primary"] == "macro F1"
+    replicates = {name: stats.replicate_scores(labels, scores, numbers, weights, ranked)
                   for name, (scores, ranked) in rows.items()}
     for name, (scores, ranked) in rows.items():
         model = found["models"][name]
         assert model["runs"] == len(scores)
         for score in CLASSIFICATION_SCORES[:3 + ranked]:
-            assert tuple(model["scores"][score].values()) == metrics.interval(replicates[name][score])
+            assert tuple(model["scores"][score].values()) == stats.interval(replicates[name][score])
             assert model["standard error"][score] == pytest.approx(replicates[name][score][1:].std(ddof=1))
             for value, run in zip(model["per run"][score], scores):
-                assert value == metrics.replicate_scores(labels, run[None], numbers, weights[:1], ranked)[score][0]
+                assert value == stats.replicate_scores(labels, run[None], numbers, weights[:1], ranked)[score][0]
         counts = metrics.confusion(labels, scores.argmax(2), K)
         assert np.array_equal(model["confusion, mean of runs"], counts.mean(0))
         assert list(model["per class, pooled over runs"]) == found["classes"] == CLASSES
@@ -63,10 +65,10 @@ def test_numbers_are_those_of_metrics():
     assert list(found["differences"]) == ["none", "theirs", "bare"]
     for name in found["differences"]:
         (a, _), (b, ranked) = rows["ours"], rows[name]
-        p = metrics.sign_flip_test(labels, a, b, numbers, 5, 500, ranked)
+        p = stats.sign_flip_test(labels, a, b, numbers, 5, 500, ranked)
         for score in CLASSIFICATION_SCORES[:3 + ranked]:
             difference, own = replicates["ours"][score] - replicates[name][score], found["differences"][name][score]
-            assert (own["estimate"], own["low"], own["high"]) == metrics.interval(difference)  # ours minus the other
+            assert (own["estimate"], own["low"], own["high"]) == stats.interval(difference)  # ours minus the other
             assert own["p"] == p[score]
             z = norm.ppf(0.975) + norm.ppf(0.8)
             assert own["detectable"] == pytest.approx(z * difference[1:].std(ddof=1))

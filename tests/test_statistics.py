@@ -8,8 +8,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-import metrics
-from metrics import CLASSIFICATION_SCORES, group_weights, interval, replicate_scores, sign_flip_means, sign_flip_test
+import stats
+from metrics import CLASSIFICATION_SCORES
+from stats import group_weights, interval, replicate_scores, sign_flip_means, sign_flip_test
 
 K = 3
 
@@ -125,17 +126,17 @@ def test_means_of_images():
     values[0, 4] = values[1, 5] = values[1, 6] = np.nan
     weights = group_weights(4, replicates=30)
     expected = [np.mean([np.nanmean(np.repeat(run, w[groups].astype(int))) for run in values]) for w in weights]
-    assert metrics.mean_replicates(values, groups, weights) == pytest.approx(expected, abs=1e-12)
-    alone = metrics.mean_replicates(values[1], groups, weights)
+    assert stats.mean_replicates(values, groups, weights) == pytest.approx(expected, abs=1e-12)
+    alone = stats.mean_replicates(values[1], groups, weights)
     assert alone[0] == pytest.approx(np.nanmean(values[1]), abs=1e-12)
-    assert np.isnan(metrics.mean_replicates(np.full(12, np.nan), groups, weights)).all()
+    assert np.isnan(stats.mean_replicates(np.full(12, np.nan), groups, weights)).all()
 
 
 @pytest.mark.parametrize("values, groups", [([1, np.inf], [0, 1]), ([], []), ([1, 2], [0, 4]), ([1, 2], [0, -1]),
                                             ([1, 2, 3], [0, 1])])
 def test_values_or_groups_that_do_not_fit_raise(values, groups):
     with pytest.raises(ValueError, match="must be"):
-        metrics.mean_replicates(np.array(values, float), np.array(groups, int), group_weights(4, replicates=3))
+        stats.mean_replicates(np.array(values, float), np.array(groups, int), group_weights(4, replicates=3))
 
 
 # ---------------------------------------------------------------- sign flips
@@ -167,7 +168,7 @@ def test_areas_of_unlike_classes_weigh_alike():
     rng = np.random.default_rng(0)
     labels = np.repeat(range(K), (3, 10, 60))
     a, b = scipy.stats.rankdata(rng.normal(size=(2, len(labels), K)).round(1) + np.eye(K)[labels], axis=1)
-    shares = metrics._auroc_shares(labels, a, b)
+    shares = stats._auroc_shares(labels, a, b)
     signs = rng.choice([1, -1], (6, len(labels)))
     actual = [area(labels, np.where(row[:, None] > 0, a, b)) - area(labels, np.where(row[:, None] > 0, b, a))
               for row in signs]
@@ -302,41 +303,41 @@ def test_holm():
     expected = [np.nan] * 7
     for rank, (_, i) in enumerate(known):  # the largest so far of the smallest p times all, the next times one less ...
         expected[i] = max(min(1, (6 - j) * known[j][0]) for j in range(rank + 1))
-    np.testing.assert_allclose(metrics.holm(p), expected, atol=1e-12)
-    np.testing.assert_allclose(metrics.holm([0.01, 0.02, 0.03]), [0.03, 0.04, 0.04], atol=1e-12)  # by hand
-    assert metrics.holm([0.6, 0.7]).tolist() == [1, 1] and metrics.holm([0.2]).tolist() == [0.2]
-    assert metrics.holm([]).shape == (0,) and np.isnan(metrics.holm([np.nan])).all()
+    np.testing.assert_allclose(stats.holm(p), expected, atol=1e-12)
+    np.testing.assert_allclose(stats.holm([0.01, 0.02, 0.03]), [0.03, 0.04, 0.04], atol=1e-12)  # by hand
+    assert stats.holm([0.6, 0.7]).tolist() == [1, 1] and stats.holm([0.2]).tolist() == [0.2]
+    assert stats.holm([]).shape == (0,) and np.isnan(stats.holm([np.nan])).all()
 
 
 def test_detectable_difference_is_found_four_times_in_five():
     replicates = np.concatenate(([9.0], np.random.default_rng(0).normal(size=2000), [np.nan]))  # standard error 1
-    difference = metrics.detectable_difference(replicates)
+    difference = stats.detectable_difference(replicates)
     assert difference == pytest.approx(2.801585 * np.nanstd(replicates[1:], ddof=1), abs=1e-5)
     power = scipy.stats.norm.sf(1.959964 - 2.801585) + scipy.stats.norm.cdf(-1.959964 - 2.801585)
     assert power == pytest.approx(0.8, abs=1e-4)
-    assert np.isnan(metrics.detectable_difference(np.array([0.1, np.nan, np.nan])))
+    assert np.isnan(stats.detectable_difference(np.array([0.1, np.nan, np.nan])))
 
 
 def test_limits_of_agreement():
     rng = np.random.default_rng(5)
     x, groups = rng.normal(100, 2, 40), np.arange(40) // 4
     weights = group_weights(10, seed=2, replicates=200)
-    actual = metrics.limits_of_agreement(x, weights, groups)
+    actual = stats.limits_of_agreement(x, weights, groups)
     drawn = [np.repeat(x, weight[groups].astype(int)) for weight in weights]
     bias, spread = np.array([(y.mean(), 1.96 * y.std(ddof=1)) for y in drawn]).T
     for name, replicates in (("bias", bias), ("lower", bias - spread), ("upper", bias + spread)):
         assert actual[name] == pytest.approx(interval(replicates), abs=1e-6)
-    alone = metrics.limits_of_agreement(x)  # every measurement its own group
-    assert alone == metrics.limits_of_agreement(x, group_weights(40), np.arange(40))
+    alone = stats.limits_of_agreement(x)  # every measurement its own group
+    assert alone == stats.limits_of_agreement(x, group_weights(40), np.arange(40))
     assert alone["upper"][0] == actual["upper"][0] and alone["upper"] != actual["upper"]
 
 
 def test_limits_of_little():
-    assert metrics.limits_of_agreement([0.1] * 7) == {name: (0.1, 0.1, 0.1) for name in ("bias", "lower", "upper")}
-    one = metrics.limits_of_agreement([3.0])
+    assert stats.limits_of_agreement([0.1] * 7) == {name: (0.1, 0.1, 0.1) for name in ("bias", "lower", "upper")}
+    one = stats.limits_of_agreement([3.0])
     assert one["bias"] == (3, 3, 3) and np.isnan(one["lower"]).all() and np.isnan(one["upper"]).all()
-    same = metrics.limits_of_agreement([1.0, 2.0], groups=[0, 0])
+    same = stats.limits_of_agreement([1.0, 2.0], groups=[0, 0])
     assert same["lower"] == pytest.approx((1.5 - 1.96 * 0.5 ** 0.5,) * 3, abs=1e-12)
     for bad in ([], [1, np.nan], [[1, 2]]):
         with pytest.raises(ValueError, match="finite number"):
-            metrics.limits_of_agreement(bad)
+            stats.limits_of_agreement(bad)
