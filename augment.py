@@ -1,12 +1,16 @@
-"""Fine-tuning's augmentations: light, noise, grid distortion and flip of one image, mixup and cutmix of two.
+"""Fine-tuning's augmentations: light, noise and geometry of one image, with its mask or alone, mixup and cutmix of two.
 
-UltraDINO's (classification/ in its code; it calls albumentations and timm). As in data.py the CPU draws a few floats
-per image, for the whole batch of all ranks, and the device makes the pixels, a batch at a time:
+UltraDINO's (classification/ and segmentation/ in its code; it calls albumentations and timm). As in data.py the CPU
+draws a few floats per image, for the whole batch of all ranks, and the device makes the pixels, a batch at a time:
 
     own = Rows(philox(seed, step, AUGMENT), batch, images)  # images: this rank's numbers in the batch
     x = augment(canvases, draw_augment(own, len(images)), mean, std)  # the draws as tensors on the canvases' device
     mixing = draw_mix(philox(seed, step, MIX), size, mixup_alpha, cutmix_alpha)  # the same on all ranks
     x, targets = mix(x, soft_targets(labels, classes, smoothing), mixing)
+
+An image with a mask is also moved as a whole, by draw_affine(own, len(images)) as draws["affine"]:
+
+    x, masks = augment_pair(canvases, masks, draws, mean, std)
 
 Grey levels are floats in 0..255 throughout, where albumentations rounds after each step. It augments the file's pixels
 and then resizes; here the canvas has its final size before, so that no resizing smooths the noise.
@@ -23,6 +27,7 @@ BRIGHTNESS, CONTRAST = 0.3, 0.3  # RandomBrightnessContrast's limits: brightness
 GAMMA = (0.8, 1.2)
 NOISE_VARIANCE = (10, 50)  # of grey levels
 GRID_CELLS, GRID_LIMIT = 5, 0.3  # cells of an axis, and how much longer or shorter one becomes
+SCALE, ROTATION, SHEAR, SHIFT = (0.8, 1.2), 30, 15, 0.2  # Affine's limits: degrees; the shift is a share of the side
 SLICE = 32  # images augmented at once: what lies between the steps fits the cache of a large GPU
 
 
@@ -59,6 +64,27 @@ def draw_augment(rng, batch, light=0.5, gamma=0.5, noise=0.5, distortion=0.5, fl
     return draws
 
 
+def draw_affine(rng, batch, probability=0.5):
+    """How images are rotated, scaled, sheared and shifted, as albumentations' Affine: float32 (batch, 2, 3), [A | t].
+
+    Pixel p = (row, column) of the result shows the place c + A (p - c - t * sides) of the image, c being its centre: A
+    acts on pixels, so that rotating an image that is not square does not shear it, and t is a share of each side. It is
+    [I | 0] where nothing happens. rng as above; the same numbers are drawn whatever the probability.
+    UltraDINO's code shifts each such image by exactly 0.2 of both sides; here the shift is uniform in -0.2 .. 0.2.
+    """
+    def uniform(low, high, *shape):
+        return low + (high - low) * rng.random((batch, *shape))
+
+    happens, scale = rng.random((batch,)) < probability, uniform(*SCALE)
+    angle, shear = np.deg2rad(uniform(-ROTATION, ROTATION)), np.tan(np.deg2rad(uniform(-SHEAR, SHEAR, 2)))
+    shift, ones = uniform(-SHIFT, SHIFT, 2), np.ones_like(angle)
+    rotated = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # (2, 2, batch)
+    sheared = np.array([[ones, shear[:, 0]], [shear[:, 1], ones]])
+    forward = np.einsum("ijb,jkb->bik", scale * sheared, rotated)  # rotated first, as there
+    affine = np.concatenate((np.linalg.inv(forward), shift[:, :, None]), axis=2)
+    return np.where(happens[:, None, None], affine, np.eye(2, 3)).astype(np.float32)
+
+
 def draw_mix(rng, size, mixup_alpha, cutmix_alpha, prob=1.0):
     """How the images of a whole batch are mixed, as timm's "batch" mode: dict(share, box).
 
@@ -91,6 +117,25 @@ def augment(images, draws, mean, std):
     drawn = [{key: value[part] for key, value in draws.items()} for part in parts]
     return normalise_only(torch.cat([warp(relight(images[part].float(), own), own)
                                      for part, own in zip(parts, drawn)]), mean, std)
+
+
+def augment_pair(images, masks, draws, mean, std):
+    """Images with their masks: both uint8 (B, h, w) -> float32 (B, 1, h, w), normalised, and masks uint8 (B, h, w).
+
+    draws: draw_augment's dict and draw_affine's "affine". Geometry first, in one interpolation, then light and noise,
+    so that nothing smooths the noise. What comes from outside the image is black before the light, its mask is 0.
+    """
+    if images.shape != masks.shape:
+        raise ValueError(f"images of shape {tuple(images.shape)} have masks of shape {tuple(masks.shape)}: "
+                         "resize each mask as its image")
+    pairs = []
+    for first in range(0, len(images), SLICE):
+        part = slice(first, first + SLICE)
+        own = {key: value[part] for key, value in draws.items()}
+        moved, moved_masks = warp_pair(images[part], masks[part], own)
+        pairs.append((relight(moved, own), moved_masks))
+    images, masks = (torch.cat(parts) for parts in zip(*pairs))
+    return normalise_only(images, mean, std), masks
 
 
 def normalise_only(images, mean, std):
@@ -141,13 +186,6 @@ def warp(images, draws):
     return _interpolate(_interpolate(images, rows, 1), columns, 2)
 
 
-def warp_labels(masks, draws):
-    """The same for integer masks (B, h, w), by the nearest pixel: no new label appears."""
-    rows, columns = source_positions(draws, *masks.shape[1:])
-    masks = masks.take_along_dim(rows.round().long()[:, :, None], 1)
-    return masks.take_along_dim(columns.round().long()[:, None], 2)
-
-
 def source_positions(draws, height, width):
     """Where each row and each column of the result comes from: (B, height), (B, width), in pixels of the input."""
     columns = _shifted(draws["grid"][:, 1], width)
@@ -169,6 +207,50 @@ def _interpolate(x, positions, dim):
     index, weight = below.long().unsqueeze(3 - dim), (positions - below).unsqueeze(3 - dim)
     above = (index + 1).clamp(max=x.shape[dim] - 1)
     return x.take_along_dim(index, dim).lerp(x.take_along_dim(above, dim), weight)
+
+
+# ---- an affine map mixes rows and columns: two positions per pixel, and four neighbours of each
+
+def warp_pair(images, masks, draws):
+    """Affine, then grid distortion and flip: uint8 (B, h, w) twice -> float32 (B, h, w), masks as they came.
+
+    Images by bilinear interpolation, masks by the nearest pixel (no new number appears); 0 all around both.
+    """
+    rows, columns = affine_positions(draws, *images.shape[1:])
+    nearest = _pixel_number(rows.round(), columns.round(), masks.shape[2])
+    masks = _framed(masks).gather(1, nearest.flatten(1)).view(masks.shape)
+    top, left = rows.floor(), columns.floor()
+    corner, framed = _pixel_number(top, left, images.shape[2]).flatten(1), _framed(images.float())
+    line = images.shape[2] + 3
+    a, b, c, d = (framed[:, offset:].gather(1, corner).view(images.shape) for offset in (0, 1, line, line + 1))
+    return a.lerp(b, columns - left).lerp(c.lerp(d, columns - left), rows - top), masks
+
+
+def affine_positions(draws, height, width):
+    """Row and column of the image that each pixel of the result shows: (B, height, width) twice, in pixels.
+
+    At most one pixel outside the image, where all is 0. Flip and grid distortion say which place of the image that
+    draws["affine"] moved is shown, and draws["affine"] where that one came from.
+    """
+    rows, columns = source_positions(draws, height, width)
+    linear, shift = draws["affine"].split((2, 1), dim=2)  # (B, 2, 2), (B, 2, 1)
+    rows, columns = (rows - height * shift[:, 0])[:, :, None], (columns - width * shift[:, 1])[:, None]
+    y, x = rows - (height - 1) / 2, columns - (width - 1) / 2  # from the centre
+    # added to the position, what the map changes: nothing is rounded where it changes nothing
+    change = (linear - torch.eye(2, device=linear.device))[..., None, None]  # (B, 2, 2, 1, 1)
+    rows, columns = (rows + (change[:, 0, 0] * y + change[:, 0, 1] * x),
+                     columns + (change[:, 1, 0] * y + change[:, 1, 1] * x))
+    return rows.clamp(-1, height), columns.clamp(-1, width)
+
+
+def _framed(x):
+    """(B, h, w) -> (B, (h + 3) * (w + 3)) in a frame of zeros: rows and columns -1 to h + 1 and w + 1."""
+    return F.pad(x, (1, 2, 1, 2)).flatten(1)
+
+
+def _pixel_number(rows, columns, width):
+    """The place in a framed image of whole positions, -1 or more."""
+    return (rows.long() + 1) * (width + 3) + columns.long() + 1
 
 
 # ---- two images into one

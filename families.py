@@ -271,8 +271,10 @@ class TimmBackbone(nn.Module):
     def forward(self, x):
         return self.forward_features(x)["x_norm_clstoken"]
 
-    def get_intermediate_layers(self, x, n=1, return_class_token=False):
-        """Of the last n blocks, or the last n stages of a convolutional network (each of its own width)."""
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False):
+        """Of the last n blocks (or of the blocks named in the list n), or the last n stages of a convolutional network
+        (each of its own width). Patches (B, P, C); with `reshape`, of vision transformers alone, (B, C, rows, columns).
+        """
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"timm:{self.name}: gives its last features only")
         how = dict(return_prefix_tokens=True) if self.prefix else {}
@@ -281,5 +283,12 @@ class TimmBackbone(nn.Module):
         for maps in found:
             maps, prefix = maps if self.prefix else (maps, None)  # (B, C, rows, columns), (B, prefix, C)
             cls, patches = self.tokens(maps.flatten(2).mT, prefix)
+            if reshape:
+                grid = tuple(length // self.patch_size for length in x.shape[2:])
+                if maps.shape[1:] != (self.embed_dim, *grid):
+                    raise ValueError(f"timm:{self.name}: a map of {tuple(maps.shape[1:])} where one of "
+                                     f"{(self.embed_dim, *grid)} was expected; use a plain vision transformer, whose "
+                                     "blocks all have one width and one grid")
+                patches = patches.mT.unflatten(2, grid).contiguous()  # (B, C, rows, columns)
             outputs.append((patches, cls) if return_class_token else patches)
         return tuple(outputs)

@@ -1,4 +1,4 @@
-"""The vision transformer of DINOv2 and DINOv3, its projection head, and their learning rates.
+"""The vision transformer of DINOv2 and DINOv3, its projection head, segmentation decoders, and their learning rates.
 
 State-dict keys, constructor keywords and results are those of facebookresearch/dinov2, so official weights load
 strictly and ours load elsewhere. Differences, all invisible from outside: tokens of every crop size go through the
@@ -6,9 +6,11 @@ linear layers as one packed (T, C) matrix, and drop path gets its random indices
 layers.py; families.py renames the keys of others, DINOv3's among them.
 
 B images, N tokens of an image (cls, registers, patches), T = sum of B * N over crop sizes, C width, H heads,
-D head dim, P patches, K prototypes; an image is (B, in_chans, h, w).
+D head dim, P patches, K prototypes or, of a decoder, classes; an image is (B, in_chans, h, w), a map of its patches
+(B, C, rows, columns).
 """
 
+import functools
 import math
 import re
 
@@ -34,7 +36,8 @@ SIZES = {
 # ---------------------------------------------------------------- transformer
 
 class VisionTransformer(nn.Module):
-    """DINOv2's ViT. `drop_path_rate` is the same for every block (DINOv2's drop_path_uniform, UltraDINO's choice).
+    """DINOv2's ViT. `drop_path_rate` is the same for every block (DINOv2's drop_path_uniform, UltraDINO's choice in
+    pretraining); drop_path_uniform=False grows it evenly from 0 at the first block (its choice in segmentation).
 
     `init_std` of the linear layers is DINOv2's 0.02; networks much narrower than its start faster near width ** -0.5.
     DINOv3's ViT has pos="rope" (queries and keys of patches turn by their place, nothing is learned), norm_eps=1e-5 and
@@ -44,12 +47,13 @@ class VisionTransformer(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
                  ffn_layer="mlp", num_register_tokens=0, drop_path_rate=0.0, init_values=1e-5,
                  interpolate_offset=0.1, interpolate_antialias=False, init_std=0.02, pos="learned", norm_eps=1e-6,
-                 mask_k_bias=False, rope_dtype="float32"):
+                 mask_k_bias=False, rope_dtype="float32", drop_path_uniform=True):
         super().__init__()
         if pos not in ("learned", "rope"):
             raise ValueError(f"pos is {pos!r}: learned (DINOv2) or rope (DINOv3)")
         self.embed_dim, self.patch_size, self.in_chans = embed_dim, patch_size, in_chans
-        self.num_heads, self.num_register_tokens, self.drop_path_rate = num_heads, num_register_tokens, drop_path_rate
+        self.num_heads, self.num_register_tokens = num_heads, num_register_tokens
+        self.drop_path_rate, self.drop_path_uniform = drop_path_rate, drop_path_uniform
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         self.pos, self.rope_dtype = pos, rope_dtype
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
@@ -125,6 +129,16 @@ class VisionTransformer(nn.Module):
         tokens = [self.prepare_tokens(x, mask) for x, mask in zip(crops, masks)]
         return torch.cat([x.flatten(0, 1) for x in tokens]), [tuple(x.shape[:2]) for x in tokens]
 
+    def run_blocks(self, packed, shapes, drops, rope):
+        """Yield the packed tokens (T, C) after each block in turn."""
+        for i, block in enumerate(self.blocks):
+            drop = drops[2 * i:2 * i + 2] if drops else (None, None)
+            if self.checkpoint_activations and torch.is_grad_enabled():  # nothing random happens in a block
+                packed = checkpoint(block, packed, shapes, drop, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                packed = block(packed, shapes, drop, rope)
+            yield packed
+
     def forward_features(self, x, masks=None, drops=None):
         """Tensor (B, in_chans, h, w) -> DINOv2's dict of normalised tokens; a list of crop groups -> a list of dicts.
 
@@ -135,13 +149,8 @@ class VisionTransformer(nn.Module):
             return self.forward_features([x], [masks], drops)[0]
         masks = masks or [None] * len(x)
         packed, shapes = self.pack(x, masks)  # (T, C)
-        rope = self.turns(x)
-        for i, block in enumerate(self.blocks):
-            drop = drops[2 * i:2 * i + 2] if drops else (None, None)
-            if self.checkpoint_activations and torch.is_grad_enabled():  # nothing random happens in a block
-                packed = checkpoint(block, packed, shapes, drop, rope, use_reentrant=False, preserve_rng_state=False)
-            else:
-                packed = block(packed, shapes, drop, rope)
+        for packed in self.run_blocks(packed, shapes, drops, self.turns(x)):
+            pass
         sizes, R = [B * N for B, N in shapes], self.num_register_tokens
         outputs = []
         for shape, mask, prenorm, normed in zip(shapes, masks, packed.split(sizes), self.norm(packed).split(sizes)):
@@ -156,28 +165,21 @@ class VisionTransformer(nn.Module):
         return features if is_training else features["x_norm_clstoken"]  # (B, C)
 
     def draw_drop_path(self, shapes, rng):
-        """Which images of each group (B, N) every residual branch keeps: a list of 2 * depth entries, or None.
+        """Which images of each group (B, N) every residual branch keeps: a list of 2 * depth entries, or None. The
+        entry of a branch that keeps all is None.
 
         Drawn on the CPU from numpy generator `rng` before the forward, so that nothing random happens inside it.
         """
         if not self.drop_path_rate:
             return None
-        branches, device, first_row, first_kept, rows, inverse, scale, kept_shapes = (
-            2 * len(self.blocks), self.cls_token.device, 0, 0, [], [], [], [])
-        for B, N in shapes:
-            kept = min(B, max(int(B * (1 - self.drop_path_rate)), 1))
-            chosen = np.sort(rng.random((branches, B)).argsort(axis=1)[:, :kept], axis=1)  # (branches, kept)
-            place = np.full((branches, B), -N)  # of an image's first token among the kept ones; below 0: dropped
-            np.put_along_axis(place, chosen, first_kept + N * np.arange(kept), axis=1)
-            token = torch.arange(N, device=device)
-            rows.append((to_device(first_row + N * chosen, device)[..., None] + token).flatten(1))
-            inverse.append((to_device(place, device)[..., None] + token).clamp(min=-1).flatten(1))
-            scale.append((inverse[-1] >= 0) * (B / max(kept, 1)))
-            kept_shapes.append((kept, N))
-            first_row, first_kept = first_row + B * N, first_kept + kept * N
-        rows, inverse, scale = (torch.cat(x, dim=1) for x in (rows, inverse, scale))
-        # (branches, kept tokens), (branches, T), (branches, T, 1)
-        return [(*drop, kept_shapes) for drop in zip(rows, inverse, scale[..., None])]
+        depth, device, drops = len(self.blocks), self.cls_token.device, []
+        if self.drop_path_uniform:
+            kept = [min(B, max(int(B * (1 - self.drop_path_rate)), 1)) for B, _ in shapes]  # DINOv2's rounding
+            return draw_kept(2 * depth, shapes, kept, rng, device)
+        for rate in np.linspace(0, self.drop_path_rate, depth):
+            kept = [min(B, max(round(B * (1 - rate)), 1)) for B, _ in shapes]  # down, every rate would drop an image
+            drops += draw_kept(2, shapes, kept, rng, device) if rate else [None, None]
+        return drops
 
     def compile_blocks(self, **how):
         """torch.compile each block: two graphs, which fuse what lies between matrix products, around attention."""
@@ -185,16 +187,16 @@ class VisionTransformer(nn.Module):
             block.attend = torch.compiler.disable(attention)  # it stays the kernel it is
             block.compile(dynamic=False, **how)
 
-    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True, drops=None):
         """Patch tokens after the last n blocks (or after the blocks named in the list n), registers left out.
 
-        Each (B, P, C), or (B, C, rows, columns) with `reshape`; with `return_class_token` pairs (patches, cls).
+        Each (B, P, C), or (B, C, rows, columns) with `reshape`; with `return_class_token` pairs (patches, cls). `drops`
+        as in forward_features.
         """
         wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
         packed, shapes = self.pack([x], [None])
-        rope, outputs = self.turns([x]), []
-        for i, block in enumerate(self.blocks):
-            packed = block(packed, shapes, rope=rope)
+        outputs = []
+        for i, packed in enumerate(self.run_blocks(packed, shapes, drops, self.turns([x]))):
             if i in wanted:
                 tokens = (self.norm(packed) if norm else packed).view(*shapes[0], self.embed_dim)  # (B, N, C)
                 patches, cls = tokens[:, 1 + self.num_register_tokens:], tokens[:, 0]
@@ -203,6 +205,24 @@ class VisionTransformer(nn.Module):
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, C, rows, columns)
                 outputs.append((patches, cls) if return_class_token else patches)
         return tuple(outputs)
+
+
+def draw_kept(branches, shapes, kept_images, rng, device):
+    """What layers.keep_images takes, for each of `branches`: random `kept_images` images of each group (B, N)."""
+    first_row, first_kept, rows, inverse, scale, kept_shapes = 0, 0, [], [], [], []
+    for (B, N), kept in zip(shapes, kept_images):
+        chosen = np.sort(rng.random((branches, B)).argsort(axis=1)[:, :kept], axis=1)  # (branches, kept)
+        place = np.full((branches, B), -N)  # of an image's first token among the kept ones; below 0: dropped
+        np.put_along_axis(place, chosen, first_kept + N * np.arange(kept), axis=1)
+        token = torch.arange(N, device=device)
+        rows.append((to_device(first_row + N * chosen, device)[..., None] + token).flatten(1))
+        inverse.append((to_device(place, device)[..., None] + token).clamp(min=-1).flatten(1))
+        scale.append((inverse[-1] >= 0) * (B / max(kept, 1)))
+        kept_shapes.append((kept, N))
+        first_row, first_kept = first_row + B * N, first_kept + kept * N
+    rows, inverse, scale = (torch.cat(x, dim=1) for x in (rows, inverse, scale))
+    # (branches, kept tokens), (branches, T), (branches, T, 1)
+    return [(*drop, kept_shapes) for drop in zip(rows, inverse, scale[..., None])]
 
 
 def to_device(array, device):
@@ -282,6 +302,170 @@ class DINOHead(nn.Module):
 
     def forward(self, x):
         return self.last_layer(self.bottleneck(x))
+
+
+# ---------------------------------------------------------------- segmentation
+
+@functools.lru_cache(maxsize=256)
+def axis_matrix(length, size, pool, dtype, device):
+    """Linear interpolation (align_corners False) or adaptive pooling of `length` places to `size`, as a matrix."""
+    identity = torch.eye(length, dtype=torch.float64)[None]  # channel i is 1 at place i
+    maps = F.adaptive_avg_pool1d(identity, size) if pool else F.interpolate(identity, size=size, mode="linear")
+    return maps[0].T.to(device, dtype).contiguous()  # (size, length)
+
+
+def resize(x, size, pool=False):
+    """Maps (B, C, h, w) -> (B, C, *size), of x's dtype: as F.interpolate does it bilinearly, or with `pool` as adaptive
+    average pooling. As position_matrix, products with fixed matrices: backward is then deterministic on a GPU."""
+    if x.shape[2:] == tuple(size):
+        return x
+    dtype = torch.promote_types(x.dtype, torch.float32)  # whatever autocast says
+    rows, columns = (axis_matrix(length, n, pool, dtype, x.device) for length, n in zip(x.shape[2:], size))
+    with torch.autocast(x.device.type, enabled=False):
+        return (rows @ (x.to(dtype) @ columns.T)).to(x.dtype)
+
+
+def halve(x):
+    """Max pooling 2x2, a last odd row or column by itself. By amax: torch's own backward adds in any order on a GPU."""
+    x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), value=-torch.inf)
+    return x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).amax((3, 5))
+
+
+def group_norm(channels):
+    """Groups of 16 channels, the paper's second choice (Wu and He 2018): 32 groups leave a narrow network's maps of 1x1
+    few numbers each, and of a group of one number nothing is left."""
+    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
+
+
+class ConvReLU(nn.Module):
+    """Convolution that keeps the size, ReLU; with norm="group" a group norm between, and no bias, as in mmseg."""
+
+    def __init__(self, in_dim, dim, kernel_size, norm):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, padding=kernel_size // 2, bias=norm == "none")
+        self.norm = group_norm(dim) if norm == "group" else nn.Identity()
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # mmseg's
+        if norm == "none":
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)))
+
+
+class PixelClassifier(nn.Conv2d):
+    """1x1 convolution to K logits, in float32 at least: they are resized before they are compared. mmseg's init."""
+
+    def __init__(self, dim, n_classes):
+        super().__init__(dim, n_classes, 1)
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+class Pyramid(nn.Module):
+    """Four maps (B, C, rows, columns) of one grid -> maps of 4, 2, 1 and 1/2 times its sides, as in BEiT.
+
+    The released code has a batch norm over all processes here whatever norm the decoder has; a group norm's statistics
+    depend neither on the batch nor on who shares it.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.up4, self.up4_again, self.up2 = (nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(3))
+        self.norm = group_norm(dim)
+        for up in (self.up4, self.up4_again, self.up2):
+            nn.init.normal_(up.weight, std=dim ** -0.5)  # keeps a map's variance; torch's own divides it by 12
+            nn.init.zeros_(up.bias)
+
+    def forward(self, maps):
+        return [self.up4_again(F.gelu(self.norm(self.up4(maps[0])))), self.up2(maps[1]), maps[2], halve(maps[3])]
+
+
+class UPerNet(nn.Module):
+    """Four maps (B, dim, rows, columns) of one grid -> logits (B, K, 4 rows, 4 columns) (Xiao et al. 2018).
+
+    mmseg's UPerHead on a pyramid: pooling of the smallest map, sums from the top down, one convolution over all levels.
+    norm="none" is the decoder that UltraDINO ran, with `channels` = dim; "group" stands for mmseg's usual batch norm.
+    """
+
+    SCALES = (1, 2, 3, 6)  # of pyramid pooling
+
+    def __init__(self, dim, n_classes, channels=None, norm="group", dropout=0.1):
+        super().__init__()
+        if norm not in ("group", "none"):
+            raise ValueError(f"norm is {norm!r}: group, or none as in UltraDINO's released decoder")
+        self.dropout, self.channels = dropout, channels or dim
+        channels = self.channels
+        self.pyramid = Pyramid(dim)
+        self.pools = nn.ModuleList(ConvReLU(dim, channels, 1, norm) for _ in self.SCALES)
+        self.bottleneck = ConvReLU(dim + len(self.SCALES) * channels, channels, 3, norm)
+        self.laterals = nn.ModuleList(ConvReLU(dim, channels, 1, norm) for _ in range(3))  # of the largest map first
+        self.convs = nn.ModuleList(ConvReLU(channels, channels, 3, norm) for _ in range(3))
+        self.fusion = ConvReLU(4 * channels, channels, 3, norm)
+        self.classifier = PixelClassifier(channels, n_classes)
+
+    def draw_dropout(self, B, rng):
+        """What forward takes as `keep`, from numpy generator `rng`: float32 (B, channels), 0 or 1 / (1 - dropout)."""
+        keep = (rng.random((B, self.channels)) >= self.dropout) / (1 - self.dropout)
+        return to_device(keep.astype(np.float32), self.classifier.weight.device)
+
+    def forward(self, maps, keep=None):
+        *maps, top = self.pyramid(maps)
+        pooled = [resize(conv(resize(top, (scale, scale), pool=True)), top.shape[2:])
+                  for scale, conv in zip(self.SCALES, self.pools)]
+        x = self.bottleneck(torch.cat([top, *pooled], dim=1))  # (B, channels, rows / 2, columns / 2)
+        levels, size = [x], maps[0].shape[2:]
+        for level, lateral, conv in reversed(list(zip(maps, self.laterals, self.convs))):
+            x = lateral(level) + resize(x, level.shape[2:])  # (B, channels, rows, columns), then twice and four times
+            levels.insert(0, conv(x))
+        x = self.fusion(torch.cat([resize(level, size) for level in levels], dim=1))  # (B, channels, 4 rows, 4 columns)
+        return self.classifier(x if keep is None else x * keep[:, :, None, None])
+
+
+class LinearDecoder(nn.Module):
+    """The last map alone, patch by patch -> logits (B, K, rows, columns). Nothing is dropped: `keep` is None."""
+
+    def __init__(self, dim, n_classes):
+        super().__init__()
+        self.classifier = PixelClassifier(dim, n_classes)
+
+    def forward(self, maps, keep=None):
+        return self.classifier(maps[-1])
+
+
+class Segmenter(nn.Module):
+    """Images (B, in_chans, h, w) of any size -> logits float32 (B, K, h, w).
+
+    The patches after the blocks at 1/3, 1/2, 2/3 and the end of the depth, through the backbone's last norm, go to
+    `decoder`; registers stay in the network. A `frozen` backbone has no gradient, no drop path, and stays in eval mode.
+    """
+
+    def __init__(self, backbone, decoder, frozen=False):
+        super().__init__()
+        self.backbone, self.decoder, self.frozen = backbone, decoder, frozen
+        depth = len(backbone.blocks)
+        self.blocks = [max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
+        if frozen:
+            backbone.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen)
+        return self
+
+    def forward(self, x, drops=None, keep=None):
+        """`drops`: backbone.draw_drop_path for the tokens of the padded images; `keep`: decoder.draw_dropout."""
+        (h, w), p = x.shape[2:], self.backbone.patch_size
+        x = F.pad(x, (0, -w % p, 0, -h % p))  # right and bottom, with 0: the mean grey
+        blocks = sorted(set(self.blocks))  # a network of fewer than four has some of them twice
+        how = dict(drops=drops) if drops and not self.frozen else {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            found = self.backbone.get_intermediate_layers(x, blocks, reshape=True, **how)
+        maps = [found[blocks.index(block)] for block in self.blocks]  # four of (B, C, rows, columns)
+        return resize(self.decoder(maps, keep), x.shape[2:])[:, :, :h, :w]
 
 
 # ---------------------------------------------------------------- learning rates

@@ -211,36 +211,6 @@ def test_no_noise_is_repeated_between_steps():
     assert torch.equal(again, steps[6:9])
 
 
-# ---------------------------------------------------------------- masks
-
-def test_a_mask_moves_with_its_image():
-    """An image whose levels are 100 times its mask, large areas: where no border is near both agree."""
-    masks = torch.zeros(6, 48, 40, dtype=torch.int64)
-    masks[:, 10:30, 5:20], masks[:, 20:44, 22:36] = 1, 2
-    draws = drawn(distortion=1, flip=1)
-    draws["flip"][::2] = 0
-    moved, image = fine.warp_labels(masks, draws), fine.warp(100 * masks.float(), draws)
-    assert moved.dtype == torch.int64 and moved.shape == masks.shape and set(moved.unique().tolist()) == {0, 1, 2}
-    clear = (image / 100 - (image / 100).round()).abs() < 1e-3
-    clear &= torch.isin((image / 100).round(), torch.tensor([0.0, 2.0]))  # 1 is also half way from 0 to 2
-    assert clear.float().mean() > 0.5
-    assert torch.equal(moved[clear], (image[clear] / 100).round().long())
-    centres = [np.array([grid[mask == 2].mean() for mask, grid in zip(x.numpy(), np.broadcast_to(
-        np.arange(40), (6, 48, 40)))]) for x in (moved, masks)]
-    assert (centres[0][1::2] < 15).all() and (centres[1] == 28.5).all()  # flipped ones lie on the other side
-    assert (moved != masks).flatten(1).any(1).all()
-
-
-def test_labels_take_the_nearest_pixel():
-    masks = torch.arange(30 * 20).view(1, 30, 20).expand(4, -1, -1)  # every pixel its own label
-    draws = drawn(4, distortion=1, flip=0.5)
-    rows, columns = (positions.numpy() for positions in fine.source_positions(draws, 30, 20))
-    moved = fine.warp_labels(masks, draws).numpy()
-    for number in range(4):
-        expected = np.add.outer(20 * np.rint(rows[number]), np.rint(columns[number]))
-        assert np.array_equal(moved[number], expected)
-
-
 def test_one_pixel_images():
     image = torch.full((2, 1, 1), 7.0)
     assert torch.equal(fine.warp(image, drawn(2, distortion=1, flip=1)), image)
