@@ -3,12 +3,22 @@
     np.savez("theirs.npz", name=names, vector=vectors)                      # (n,) as in --data, (n, d): --features
     image,benign,malignant                                                  # a header; per test image probabilities of
     malignant/17.png,0.31,0.69                                              # each, or image,label: --predictions
+    Image.fromarray(mask.astype("uint8")).save("theirs/malignant/17.png")   # class numbers, a PNG called as each test
+                                                                            # image: --predictions of masks
 """
 
+import contextlib
 import csv
+import os
 
 import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import dicom
+from images import IMAGE_SUFFIXES
+from plots import class_colour
 
 
 def read_features(path, names):
@@ -78,3 +88,79 @@ def read_predictions(path, names, classes):
         else:
             scores[0, i, classes.index(row[1])] = 1
     return scores, ranked
+
+
+# ---------------------------------------------------------------- masks
+
+def mask_name(name):
+    """What the mask of image `name` is called below a folder of masks: as the image, but .png. If that leads out of the
+    folder, where the image itself may lie, / becomes _."""
+    stem, suffix = os.path.splitext(name)
+    known = suffix.lower() in (*IMAGE_SUFFIXES, *dicom.SUFFIXES, ".mha")  # a DICOM file's name is full of dots
+    name = (stem if known else name) + ".png"
+    return name.replace("/", "_") if name.startswith("/") or ".." in name.split("/") else name
+
+
+def write_mask(path, mask, classes):
+    """Class numbers uint8 (h, w) as an 8-bit palette PNG, class names in its text. It appears whole or not at all."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    picture, names, temporary = Image.fromarray(mask), PngInfo(), f"{path}.tmp"
+    picture.putpalette([0, 0, 0] + [level for k in range(1, 256) for level in class_colour(k)])
+    lines = "\n".join(f"{k} {name}" for k, name in enumerate(classes))
+    names.add_text("classes", lines.encode(errors="replace").decode())  # names need not be UTF-8
+    try:
+        picture.save(temporary, "PNG", pnginfo=names)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def read_predicted_masks(folder, names, shapes, n_classes):
+    """A folder of masks as `write_mask` writes them: a function of i that gives the mask of `names[i]`, uint8 (h, w) of
+    class numbers below n_classes. All are read once here, so that one that does not fit is told of before the work.
+
+    shapes: (h, w) of each image. A PNG is called as its image, below the same folders, or with _ for their /.
+    """
+    what = f"--predictions {folder}"
+    if not os.path.isdir(folder):
+        raise ValueError(f"{what}: not a folder; masks come as a folder with a PNG for each test image")
+    paths, owners = [], {}
+    for name in names:
+        own, flat = (os.path.join(folder, mask_name(name)), os.path.join(folder, mask_name(name).replace("/", "_")))
+        paths.append(own if os.path.exists(own) or not os.path.exists(flat) else flat)
+        if owners.setdefault(paths[-1], name) != name:
+            raise ValueError(f"{what}: {os.path.relpath(paths[-1], folder)} would be the mask of {owners[paths[-1]]} "
+                             f"and of {name}; keep the folders of --data, and names that differ by more than a suffix")
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        there = sorted(os.listdir(folder))
+        nifti = "; .nii.gz is not read: write PNG" if any(name.endswith((".nii", ".nii.gz")) for name in there) else ""
+        raise ValueError(f"{what}: {len(missing)} of {len(names)} masks are missing, the first is "
+                         f"{os.path.relpath(missing[0], folder)}; a mask is called as its image in --data, but .png "
+                         f"(here: {there[0] if there else 'nothing'}){nifti}")
+
+    def read(i):
+        return _read_class_numbers(paths[i], tuple(shapes[i]), n_classes, what)
+
+    for i in range(len(names)):
+        read(i)
+    return read
+
+
+def _read_class_numbers(path, shape, n_classes, what):
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            size, mode = image.size, image.mode
+            mask = np.asarray(image, np.uint8) if size == shape[::-1] and mode in ("1", "L", "P") else None
+    except Exception as error:  # a damaged file raises one of a dozen kinds
+        raise ValueError(f"{what}: {path} cannot be read as a PNG ({error})")
+    if size != shape[::-1]:
+        raise ValueError(f"{what}: {path} has {size[0]} x {size[1]} pixels, its image {shape[1]} x {shape[0]}")
+    if mask is None:
+        raise ValueError(f"{what}: {path} is of mode {mode}; expected 8-bit grey or palette, a class number per pixel")
+    if mask.max() >= n_classes:
+        raise ValueError(f"{what}: {path} has a pixel of {mask.max()}; classes are 0, the background, to "
+                         f"{n_classes - 1}")
+    return mask

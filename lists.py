@@ -46,14 +46,14 @@ def list_images(sources, exclude=(), group_regex=None):
     for source, prefix in zip(sources, _prefixes(sources)):
         folder = _is_folder(source)
         if folder:
-            rows = ((name, None) for name in _walk(source, closed))
+            rows = ((name, None) for name in walk(source, closed))
         elif source.lower().endswith(IMAGE_SUFFIXES) or is_dicom_file(source):
             rows = [(os.path.basename(source), None)]
         else:
             rows = _read_list(source)
         root = source if folder else os.path.dirname(source), prefix
         for name, group in rows:
-            if not _excluded(name, exclude):
+            if not excluded(name, exclude):
                 roots.append(root)
                 names.append(name)
                 groups.append(group)
@@ -67,9 +67,9 @@ def list_images(sources, exclude=(), group_regex=None):
     elif any(groups):
         raise ValueError(f"{', '.join(sources)}: some have a group column and some have none; give all of them one")
     elif group_regex:
-        groups, grouped_by = _regex_groups(names, group_regex), f"--group_regex {group_regex}"
+        groups, grouped_by = regex_groups(names, group_regex), f"--group_regex {group_regex}"
     else:
-        groups, grouped_by = _folder_groups(names, [os.path.dirname(name) for name in names])
+        groups, grouped_by = folder_groups(names, [os.path.dirname(name) for name in names])
     return ImageList(paths, names, groups, grouped_by, closed)
 
 
@@ -102,7 +102,7 @@ def has_labels(source):
     """Whether read_labelled, not list_images, is what reads all there is in a CSV or a folder."""
     if os.path.isdir(source):
         return os.path.exists(os.path.join(source, PLANES_TABLE))
-    columns = _columns(source)[0] if os.path.exists(source) else None
+    columns = csv_columns(source)[0] if os.path.exists(source) else None
     return columns is not None and ("label" in columns or _is_planes(columns))
 
 
@@ -131,9 +131,9 @@ def read_labelled(source, exclude=(), group_regex=None, by=()):
     if all(groups):  # as many groups as images are hardly patients: reports say so
         grouped_by = f"group column {OWN_GROUP}" if len({*groups}) == len(groups) else "group column"
     elif group_regex:
-        groups, grouped_by = _regex_groups(names, group_regex), f"--group_regex {group_regex}"
+        groups, grouped_by = regex_groups(names, group_regex), f"--group_regex {group_regex}"
     else:
-        groups, grouped_by = _folder_groups(names, _below_classes(names, labels, folder, splits))
+        groups, grouped_by = folder_groups(names, _below_classes(names, labels, folder, splits))
     columns = {column: [row[column] for row in values] for column in by or ()}
     return dicom_groups(LabelledSet(paths, names, labels, groups, splits, columns, grouped_by))
 
@@ -141,7 +141,7 @@ def read_labelled(source, exclude=(), group_regex=None, by=()):
 def _read_folders(top, exclude):
     """Rows (None, name, label, None, split, None) of a folder of class folders, or of one of train, val and test."""
     closed = []
-    names = [name for name in _walk(top, closed) if not _excluded(name, exclude)]
+    names = [name for name in walk(top, closed) if not excluded(name, exclude)]
     for folder, reason in closed:
         raise ValueError(f"{folder}: cannot be opened ({reason}), and a labelled set must be whole")
     parts = [name.split(os.sep) for name in names]
@@ -176,7 +176,7 @@ def _check_masks(top, names):
 
 def _read_labels(path, exclude, group_regex, by):
     """Rows (line, name, label, group, split, {column: text}) of a CSV; group, split None where there is no column."""
-    columns, delimiter = _columns(path)
+    columns, delimiter = csv_columns(path)
     if columns is None:
         raise ValueError(f"{path}: labels need a folder per class or a .csv with the columns image,label")
     planes = _is_planes(columns)
@@ -193,7 +193,7 @@ def _read_labels(path, exclude, group_regex, by):
         raise ValueError(f"--group_regex {group_regex}: {path} names groups in its column {known['group']}; drop "
                          f"--group_regex" + ("" if planes else ", or the column"))
     words = PLANES_SPLIT_WORDS if planes else SPLIT_WORDS
-    for line, row in _read_csv(path, columns, delimiter, [*known.values(), *(by or ())]):
+    for line, row in read_csv(path, columns, delimiter, [*known.values(), *(by or ())]):
         found = {name: row[column].strip() for name, column in known.items()}
         if "split" in found and found["split"].lower() not in words:
             raise ValueError(f"{path}, line {line}: {known['split']} is {found['split']!r}, expected one of "
@@ -201,7 +201,7 @@ def _read_labels(path, exclude, group_regex, by):
         split, group, name = words.get(found.get("split", "").lower()), found.get("group"), row[known["image"]]
         if planes:
             name, group = os.path.join("Images", f"{found['image']}.png"), f"Patient{group.zfill(5)}"
-        if not _excluded(name, exclude):
+        if not excluded(name, exclude):
             yield line, name, found["label"], group, split, {column: text.strip() for column, text in row.items()}
 
 
@@ -338,7 +338,7 @@ def _is_folder(source):
     return os.path.isdir(source)
 
 
-def _excluded(name, patterns):
+def excluded(name, patterns):
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
@@ -366,8 +366,11 @@ def _prefixes(sources):
     return last if len(set(last)) == len(last) else whole
 
 
-def _walk(top, closed):
-    """Yield the names of a folder's images; links to folders are followed, but no folder is entered twice."""
+def walk(top, closed, suffixes=IMAGE_SUFFIXES + dicom.SUFFIXES):
+    """Yield the names of a folder's images; links to folders are followed, but no folder is entered twice.
+
+    What cannot be opened is noted in the list `closed`: (folder, reason).
+    """
     def note(error):
         closed.append((error.filename, error.strerror))
 
@@ -381,7 +384,7 @@ def _walk(top, closed):
         folders.sort()
         for file in sorted(files):
             suffix = os.path.splitext(file)[1].lower()
-            if file.startswith(".") or not (suffix in IMAGE_SUFFIXES or suffix in dicom.SUFFIXES or (
+            if file.startswith(".") or not (suffix in suffixes or (
                     not suffix.strip(".0123456789") and os.path.isfile(os.path.join(parent, file))
                     and dicom.is_dicom(os.path.join(parent, file)))):
                 continue
@@ -390,18 +393,18 @@ def _walk(top, closed):
 
 def _read_list(path):
     """Yield (name, group) of a text list's or CSV's lines; group is None where there is no column."""
-    columns, delimiter = _columns(path)
+    columns, delimiter = csv_columns(path)
     if columns is None:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             yield from ((line.rstrip("\r\n"), None) for line in file if line.strip())
         return
     if not {"image"} <= {*columns} <= {"image", "label", "group"}:
         raise ValueError(f"{path}: columns are {','.join(columns)}; expected image[,group]")
-    for _, row in _read_csv(path, columns, delimiter, columns):
+    for _, row in read_csv(path, columns, delimiter, columns):
         yield row["image"], row["group"].strip() if "group" in row else None
 
 
-def _columns(path):
+def csv_columns(path):
     """(column names, delimiter) of a CSV; (None, None) for a list of a path per line, such as UltraDINO's
     train_paths_2m.csv, which has no header."""
     if not path.lower().endswith(".csv"):
@@ -421,7 +424,7 @@ def _is_planes(columns):
     return {*PLANES_COLUMNS.values()} <= {*columns}
 
 
-def _read_csv(path, columns, delimiter, needed):
+def read_csv(path, columns, delimiter, needed):
     """Yield (line, {column: text}) of a CSV's rows, in which `needed` columns must be filled."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file, delimiter=delimiter)
@@ -441,14 +444,14 @@ def _read_csv(path, columns, delimiter, needed):
             raise ValueError(f"{path}, line {reader.line_num}: {error}; does a quotation mark lack its end?")
 
 
-def _folder_groups(names, groups):
+def folder_groups(names, groups):
     """Groups by folders, how they were found; where all images are in one folder, each is its own group."""
     if len(set(groups)) == 1 or set(groups) == set(names):
         return names, IMAGE_GROUPS
     return groups, "parent folder"
 
 
-def _regex_groups(names, pattern):
+def regex_groups(names, pattern):
     try:
         pattern = re.compile(pattern)
     except re.error as error:
