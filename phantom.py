@@ -10,6 +10,8 @@ A frame is made as a scanner makes it, along beams. Anatomy is a few smooth shap
 Then gain, dynamic range and scan conversion of (depth, beam) to pixels. The planes differ in their shapes alone:
 position, rotation, zoom, probe, clutter, shadows, speckle and the final brightness and contrast are drawn from one
 distribution for all planes, so that no classifier lives off brightness or the sector's outline.
+
+Masks are the same shapes looked up at pixels instead of samples: exact, whatever speckle and shadow hide.
 """
 
 import argparse
@@ -18,8 +20,12 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw
 
+from plots import outlined
+
 PLANES = ("brain", "abdomen", "femur", "thorax", "cervix", "face")
 FRAMES = np.repeat([0, 1, 2], [3, 2, 4])  # of 9 frames in a row of one plane: three patients with 3, 2 and 4 frames
+MASK_PLANES = ("brain", "abdomen", "femur", "thorax")  # of images with masks; a femur's mask is empty
+PROBE = -0.95  # y of its face in the picture, which spans -1..1
 FLUID, TISSUE, WALL, BONE = -2.4, 0.0, 1.2, 2.2  # log echo amplitudes
 ABSORPTION = 16.0  # log amplitude lost per unit of path in bone
 
@@ -85,11 +91,36 @@ def paint(echo, weight, level):
     echo += weight * (level - echo)
 
 
+# ---------------------------------------------------------------- structures: negative inside, for echo and mask alike
+
+def body(u, v, p):
+    """Of head, abdomen and thorax; its edge is the middle of the skull, the wall or the ribs."""
+    return ellipse(u, v, 0, 0, 1, p["aspect"])
+
+
+def stomach(u, v, p):
+    return ellipse(u, v, -0.1 + 0.15 * p["shape1"], 0.45, 0.34, 0.24)
+
+
+def heart_axes(u, v, p):
+    tilt = 0.7 + 0.3 * p["shape1"]
+    a, b = u + 0.15, v - 0.1
+    return np.cos(tilt) * a + np.sin(tilt) * b, np.cos(tilt) * b - np.sin(tilt) * a
+
+
+def heart(u, v, p):
+    return ellipse(*heart_axes(u, v, p), 0, 0, 0.64, 0.5)
+
+
+STRUCTURES = ("background", "head", "abdomen", "stomach", "heart")  # class numbers of masks
+DRAWN_AS = (None, ("brain", body), ("abdomen", body), ("abdomen", stomach), ("thorax", heart))  # outer before inner
+
+
 # ---------------------------------------------------------------- planes: paint the echo, return what absorbs sound
 
 def brain(echo, u, v, p):
     """Skull ellipse; midline, broken by the box of the cavum; a bright choroid plexus behind."""
-    rim = ellipse(u, v, 0, 0, 1, p["aspect"])
+    rim = body(u, v, p)
     skull = line(rim, 0.12)
     paint(echo, inside(rim), -1.0)
     paint(echo, line(v, 0.09) * inside(np.abs(u) - 0.85), WALL)
@@ -103,10 +134,10 @@ def brain(echo, u, v, p):
 
 def abdomen(echo, u, v, p):
     """Soft round wall; stomach bubble, umbilical vein as a dark hook, spine of three bright points with a shadow."""
-    rim = ellipse(u, v, 0, 0, 1, p["aspect"])
+    rim = body(u, v, p)
     paint(echo, inside(rim), -0.2)
     paint(echo, line(rim, 0.14), WALL)
-    paint(echo, inside(ellipse(u, v, -0.1 + 0.15 * p["shape1"], 0.45, 0.34, 0.24)), FLUID)
+    paint(echo, inside(stomach(u, v, p)), FLUID)
     bend = v + 0.2 - 0.5 * (u + 0.1) ** 2 * (1 + 0.3 * p["shape2"])
     paint(echo, line(bend, 0.17) * inside(np.abs(u + 0.35) - 0.4), FLUID)
     spine = sum(inside(ellipse(u, v, u0, v0, 0.12, 0.12)) for u0, v0 in ((0.82, 0.0), (0.6, 0.16), (0.6, -0.16)))
@@ -126,16 +157,14 @@ def femur(echo, u, v, p):
 
 def thorax(echo, u, v, p):
     """Wall of separate ribs, each with a shadow; a heart of four dark chambers parted by a bright cross."""
-    rim = ellipse(u, v, 0, 0, 1, p["aspect"])
+    rim = body(u, v, p)
     paint(echo, inside(rim), -0.1)
     ribs = line(rim, 0.13) * np.clip(1.5 * np.cos(9 * np.arctan2(v, u)) + 0.3, 0, 1)
-    tilt = 0.7 + 0.3 * p["shape1"]
-    a, b = u + 0.15, v - 0.1
-    a, b = np.cos(tilt) * a + np.sin(tilt) * b, np.cos(tilt) * b - np.sin(tilt) * a
-    heart = ellipse(a, b, 0, 0, 0.64, 0.5)
-    paint(echo, inside(heart), FLUID)
-    paint(echo, np.maximum(line(b, 0.11), line(a - 0.1 * p["shape2"], 0.11)) * inside(heart), WALL)
-    paint(echo, line(heart, 0.11), WALL)
+    a, b = heart_axes(u, v, p)
+    chambers = heart(u, v, p)
+    paint(echo, inside(chambers), FLUID)
+    paint(echo, np.maximum(line(b, 0.11), line(a - 0.1 * p["shape2"], 0.11)) * inside(chambers), WALL)
+    paint(echo, line(chambers, 0.11), WALL)
     paint(echo, ribs, BONE)
     return 0.4 * ribs
 
@@ -177,6 +206,14 @@ def blur(noise):
     return noise[..., :-1, :] + noise[..., 1:, :]
 
 
+def anatomical(x, y, p):
+    """Places in the picture -> (u, v)."""
+    cos, sin = np.cos(p["angle"] + p["turn"]), np.sin(p["angle"] + p["turn"])
+    scale = 1 / (p["zoom"] * p["closer"])
+    dx, dy = (x - p["x"] - p["dx"]) * scale, (y - p["y"] - p["dy"]) * scale
+    return cos * dx + sin * dy, (cos * dy - sin * dx) * np.sign(p["mirror"])
+
+
 def render(p, noise, labels):
     """Parameters (n, 1, 1), noise (2, n, size, size), labels (n,) -> uint8 (n, size, size)."""
     size = noise.shape[-1]
@@ -185,7 +222,7 @@ def render(p, noise, labels):
     depth = np.linspace(0, 1, depths, dtype=np.float32)[:, None]
     beam = np.linspace(-1, 1, beams, dtype=np.float32)[None]
     radius = p["probe_radius"] + depth * p["depth"]  # (n, depths, 1)
-    top = -0.95 - p["probe_radius"]  # the probe's centre of curvature lies above the picture, which spans -1..1
+    top = PROBE - p["probe_radius"]  # the probe's centre of curvature lies above the picture
     x, y = radius * np.sin(beam * p["half_angle"]), top + radius * np.cos(beam * p["half_angle"])  # (n, depths, beams)
 
     echo = np.zeros_like(x)
@@ -195,10 +232,7 @@ def render(p, noise, labels):
     layers = line(np.sin(p["waves"] * depth / 0.05), 0.6) * inside(depth - p["skin"], 0.04)
     paint(echo, layers, WALL)  # skin and fat under the probe
 
-    cos, sin = np.cos(p["angle"] + p["turn"]), np.sin(p["angle"] + p["turn"])
-    scale = 1 / (p["zoom"] * p["closer"])
-    dx, dy = (x - p["x"] - p["dx"]) * scale, (y - p["y"] - p["dy"]) * scale
-    u, v = cos * dx + sin * dy, (cos * dy - sin * dx) * np.sign(p["mirror"])
+    u, v = anatomical(x, y, p)
     absorbed = np.zeros_like(echo)
     for label, shape in enumerate(SHAPES):
         own = labels == label
@@ -213,17 +247,24 @@ def render(p, noise, labels):
     echo -= echo.mean((1, 2), keepdims=True)
     echo /= echo.std((1, 2), keepdims=True)  # automatic gain: no plane is brighter than another
     grey = np.clip(p["level"] + p["contrast"] * echo, 0, 1) * 255
-    return scan_convert(grey, p, top, size)
+    return scan_convert(grey, p, size)
 
 
-def scan_convert(grey, p, top, size):
+def pixels(p, size):
+    """Of each pixel's centre: x (1, size), y (size, 1), then (n, size, size): shares of depth and of beams, visible."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
+    x, y = axis[None, :], axis[:, None]
+    down = y - (PROBE - p["probe_radius"])  # (n, size, 1)
+    depth = (np.sqrt(x * x + down * down) - p["probe_radius"]) / p["depth"]
+    beam = (np.arctan2(x, down) / p["half_angle"] + 1) / 2
+    return x, y, depth, beam, (depth >= 0) & (depth <= 1) & (beam >= 0) & (beam <= 1)
+
+
+def scan_convert(grey, p, size):
     """(n, depths, beams) -> uint8 (n, size, size), bilinear; black outside the sector."""
     n, depths, beams = grey.shape
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
-    x, y = axis[None, :], axis[:, None] - top  # (1, size), (n, size, 1)
-    row = (np.sqrt(x * x + y * y) - p["probe_radius"]) / p["depth"] * (depths - 1)  # (n, size, size)
-    column = (np.arctan2(x, y) / p["half_angle"] + 1) / 2 * (beams - 1)
-    visible = (row >= 0) & (row <= depths - 1) & (column >= 0) & (column <= beams - 1)
+    _, _, depth, beam, visible = pixels(p, size)
+    row, column = depth * (depths - 1), beam * (beams - 1)
     i, j = np.clip(row, 0, depths - 1.01).astype(np.int32), np.clip(column, 0, beams - 1.01).astype(np.int32)
     row, column = row - i, column - j
     flat, at = grey.ravel(), (np.arange(n, dtype=np.int32)[:, None, None] * depths + i) * beams + j
@@ -232,31 +273,63 @@ def scan_convert(grey, p, top, size):
     return np.where(visible, above * (1 - row) + below * row + 0.5, 0).astype(np.uint8)
 
 
+def draw_masks(p, labels, size):
+    """Parameters (n, 1, 1), labels (n,) -> uint8 (n, size, size): the structure at a pixel, 0 outside the sector."""
+    x, y, _, _, visible = pixels(p, size)
+    u, v = anatomical(x, y, p)
+    masks = np.zeros(u.shape, np.uint8)
+    for number, (plane, shape) in enumerate(DRAWN_AS[1:], 1):
+        masks[(labels == PLANES.index(plane))[:, None, None] & visible & (shape(u, v, p) < 0)] = number
+    return masks
+
+
+def batches(n, size):
+    step = len(PLANES) * max(1, 8 * 64 ** 2 // size ** 2)  # images drawn at once: few enough for the CPU's cache
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
 def phantom_images(n, size=64, seed=0):
     """images uint8 (n, size, size), labels (n,) into PLANES, groups (n,): frames of one group show one patient."""
     images, indices = np.empty((n, size, size), np.uint8), np.arange(n)
     labels, groups, _ = patients(indices)
-    step = len(PLANES) * max(1, 8 * 64 ** 2 // size ** 2)  # images drawn at once: few enough for the CPU's cache
-    for start in range(0, n, step):
-        batch = indices[start:start + step]
-        images[batch] = render(*draw_parameters(batch, size, seed), labels[batch])
+    for batch in batches(n, size):
+        images[batch] = render(*draw_parameters(indices[batch], size, seed), labels[batch])
     return images, labels, groups
+
+
+def phantom_masks(n, size=64, seed=0):
+    """images of MASK_PLANES among phantom_images(), masks uint8 (n, size, size) of class numbers, groups (n,)."""
+    turn, plane = np.divmod(np.arange(n), len(MASK_PLANES))
+    indices = turn * len(PLANES) + np.array([PLANES.index(name) for name in MASK_PLANES])[plane]
+    images, masks = np.empty((2, n, size, size), np.uint8)
+    labels, groups, _ = patients(indices)
+    for batch in batches(n, size):
+        parameters, noise = draw_parameters(indices[batch], size, seed)
+        images[batch] = render(parameters, noise, labels[batch])
+        masks[batch] = draw_masks(parameters, labels[batch], size)
+    return images, masks, groups
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw a sheet of phantom images.", allow_abbrev=False)
-    parser.add_argument("out", metavar="OUT.png", help="image to write, a plane per row")
+    parser.add_argument("out", metavar="OUT.png", help="image to write: a plane per row, below it its masks' outlines")
     parser.add_argument("--size", type=int, default=160, help="pixels of one image")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other patients")
     args = parser.parse_args()
-    columns = 9
+    columns, side = 9, args.size + 2
     images, labels, _ = phantom_images(columns * len(PLANES), args.size, args.seed)
-    sheet = Image.new("L", (60 + columns * (args.size + 2), len(PLANES) * (args.size + 2)))
-    draw = ImageDraw.Draw(sheet)
+    _, masks, groups = phantom_masks(columns * len(MASK_PLANES), args.size, args.seed)
+    rows = []  # name, pictures
     for label, plane in enumerate(PLANES):
-        draw.text((4, label * (args.size + 2) + args.size // 2), plane, fill=255)
-        for column, image in enumerate(images[labels == label]):
-            sheet.paste(Image.fromarray(image), (60 + column * (args.size + 2), label * (args.size + 2)))
+        own, own_masks = images[labels == label], masks[groups % len(PLANES) == label]
+        rows.append((plane, [Image.fromarray(image) for image in own]))
+        if own_masks.any():
+            rows.append(("", [outlined(*pair, (args.size, args.size)) for pair in zip(own, own_masks)]))
+    sheet = Image.new("RGB", (60 + columns * side, len(rows) * side))
+    for row, (name, pictures) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((4, row * side + args.size // 2), name, fill="white")
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (60 + column * side, row * side))
     try:
         sheet.save(args.out)
     except (OSError, ValueError) as error:

@@ -1,9 +1,10 @@
-"""Pictures for a report, drawn with Pillow alone: a confusion matrix, and curves with error bars.
+"""Pictures for a report, drawn with Pillow alone: a confusion matrix, curves with error bars, masks on their images.
 
     confusion_png("confusion.png", counts, ["benign", "malignant", "normal"], "BUSI, 780 images")
     curves_png("shots.png", {"ours": [(1, 0.61, 0.57, 0.66), (5, 0.72, 0.69, 0.75)]}, "BUSI", "shots", "accuracy")
+    overlay_png("masks.png", [("best: 012_HC, Dice 0.98", image, truth, prediction)], ["background", "head"], "HC18")
 
-About 1,600 pixels wide: 13 cm at 300 dpi. A file appears whole or not at all.
+At most about 1,600 pixels wide: 13 cm at 300 dpi. A file appears whole or not at all.
 """
 
 import contextlib
@@ -24,6 +25,14 @@ COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (230, 159, 0), (204, 121,
 MARKERS = (None,  # a circle, and outlines in radii: square, triangle, diamond, triangle on its head
            [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)], [(0, -1.1), (1.1, 0.9), (-1.1, 0.9)],
            [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)], [(0, 1.1), (1.1, -0.9), (-1.1, -0.9)])
+# Of classes over grey images, by number; 0, the background, is never drawn. Okabe and Ito's again, then each as far as
+# could be in CIELAB from those before it, as colour-blind readers see it, too; none is grey or dark.
+CLASS_COLOURS = [
+    (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167),
+    (0, 114, 178), (135, 60, 255), (0, 255, 150), (0, 255, 255), (225, 15, 75), (120, 135, 255), (225, 150, 90),
+    (165, 240, 195), (180, 255, 120), (210, 0, 180), (60, 195, 210), (255, 135, 150), (210, 60, 45), (120, 165, 255),
+    (180, 210, 75), (105, 90, 225), (60, 210, 180), (210, 0, 135), (90, 210, 120), (165, 105, 210), (255, 30, 120)]
+TILE_WIDTH, TILE_HEIGHT = 498, 240  # at most, of an image under its mask
 
 
 # ---------------------------------------------------------------- text and files
@@ -228,3 +237,94 @@ def _mark(draw, points, number):
             draw.ellipse((x - 18, y - 18, x + 18, y + 18), colour, "white", 2)
         else:
             draw.polygon([(x + 20 * dx, y + 20 * dy) for dx, dy in marker], colour, "white", 2)
+
+
+# ---------------------------------------------------------------- masks on their images
+
+def best_median_worst(scores):
+    """Of (n,) scores the indices of the largest, the median (the lower of two) and the smallest; nan has no rank."""
+    scores = np.asarray(scores, np.float64)
+    valid = np.sort(scores[~np.isnan(scores)])
+    if not len(valid):
+        raise ValueError("best, median and worst: no image has a score; score another class")
+    return [int(np.argmax(scores == value)) for value in (valid[-1], valid[(len(valid) - 1) // 2], valid[0])]
+
+
+def class_colour(number):
+    return CLASS_COLOURS[(number - 1) % (len(CLASS_COLOURS) - 1) + 1]
+
+
+def outlined(image, mask, size, fill=0.0):
+    """Image and mask, uint8 (h, w) -> RGB picture of size (width, height): each class outlined, and filled faintly.
+
+    Lines are about 2.5 pixels wide whatever the scale, so that a single pixel of the mask still shows.
+    """
+    picture = Image.fromarray(image).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    up = max(math.ceil(2 * shown / own) for shown, own in zip(size, mask.shape[::-1]))
+    mask = mask.repeat(up, 0).repeat(up, 1)  # drawn at twice the size or more, then reduced: smooth lines
+    r = round(1.2 * max(own / shown for own, shown in zip(mask.shape, size[::-1])))
+    layer = np.zeros((mask.shape[0] + 2 * r, mask.shape[1] + 2 * r, 4), np.uint8)  # colour and opacity
+    disc = [(y, x) for y, x in np.ndindex(2 * r + 1, 2 * r + 1) if (y - r) ** 2 + (x - r) ** 2 <= r * r + 1]
+    numbers, counts = np.unique(mask, return_counts=True)
+    classes = [number for number in numbers[np.argsort(-counts)].tolist() if number]  # the smaller ones on top
+    for number in classes:
+        layer[r:-r, r:-r][mask == number] = (*class_colour(number), round(255 * fill))
+    for number in classes:
+        own = np.pad(mask == number, 1)
+        core = own[:-2, 1:-1] & own[2:, 1:-1] & own[1:-1, :-2] & own[1:-1, 2:]
+        rows, columns = np.nonzero(own[1:-1, 1:-1] & ~core)
+        for y, x in disc:
+            layer[rows + y, columns + x] = (*class_colour(number), 255)
+    layer = Image.fromarray(layer[r:-r, r:-r]).resize(size, Image.Resampling.BOX)
+    picture.paste(layer, mask=layer)
+    return picture
+
+
+def overlay_png(path, rows, classes, title):
+    """A row for each (text, image, truth or None, prediction), uint8 (h, w): image, outlined truth, filled prediction.
+
+    `classes` names all class numbers, the background, 0, first; the legend holds those that are drawn.
+    """
+    if not rows:
+        raise ValueError(f"{path}: no image to draw")
+    for text, image, *masks in rows:
+        for mask in masks:
+            if mask is not None and (mask.shape != image.shape or mask.max() >= len(classes)):
+                raise ValueError(f"{path}: {_clean(text)}: mask {mask.shape} with classes up to {mask.max()}, needs "
+                                 f"{image.shape} and classes below {len(classes)}")
+    font, title_font, line, gap = ImageFont.load_default(30), ImageFont.load_default(40), 44, 16
+    kinds = ["image"] + ["truth"] * any(truth is not None for *_, truth, _ in rows) + ["prediction"]
+    sizes = []
+    for _, image, *_ in rows:
+        scale = min(TILE_HEIGHT / image.shape[0], TILE_WIDTH / image.shape[1])
+        sizes.append(tuple(max(1, round(scale * side)) for side in image.shape[::-1]))
+    cell = max(240, *(width for width, _ in sizes))  # room for title and texts, however narrow the images
+    width = len(kinds) * (cell + gap) - gap
+    drawn = np.unique(np.concatenate([np.unique(mask) for row in rows for mask in row[2:] if mask is not None]))
+    names = {number: _shorten(classes[number], font, 400) for number in drawn.tolist() if number}
+    entry = 80 + math.ceil(max([font.getlength(name) for name in names.values()], default=0))  # pixels, in the legend
+    abreast = max(1, (width + 40) // entry)
+    lines = _wrap(title, title_font, width)
+    top = MARGIN + 52 * (lines.count("\n") + 1) + 8
+    bottom = top + line + sum(line + height + gap for _, height in sizes) + gap  # where the legend starts
+    below = line * math.ceil(len(names) / abreast) + MARGIN - gap
+    picture = Image.new("RGB", (width + 2 * MARGIN, bottom + below), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.multiline_text((MARGIN, MARGIN), lines, INK, title_font, spacing=12)
+    left = {kind: MARGIN + column * (cell + gap) for column, kind in enumerate(kinds)}
+    for kind, x in left.items():
+        draw.text((x, top), kind, GREY, font)
+    for (text, image, truth, prediction), size in zip(rows, sizes):
+        top += line
+        draw.text((MARGIN, top), _shorten(text, font, width), INK, font)
+        tiles = {"image": (np.zeros_like(image), 0), "truth": (truth, 0), "prediction": (prediction, 0.2)}
+        for kind, x in left.items():
+            mask, fill = tiles[kind]
+            if mask is not None:
+                picture.paste(outlined(image, mask, size, fill), (x, top + line))
+        top += size[1] + gap
+    for place, (number, name) in enumerate(names.items()):
+        x, y = MARGIN + place % abreast * entry, bottom + place // abreast * line
+        draw.rectangle((x, y + 4, x + 26, y + 30), class_colour(number))
+        draw.text((x + 40, y), name, INK, font)
+    _save(picture, path)
