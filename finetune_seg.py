@@ -1,0 +1,383 @@
+"""Segmentation: train a decoder on several backbones, with all or a few labelled images, and compare them in one table.
+
+Each model sees the same images, splits and budget, is chosen by validation Dice, and is scored once on the test groups, at
+each image's own size, in millimetres where they are known: means over runs with 95 % intervals, and paired tests against
+the first one. After UltraDINO, sections on FASS and JNU-IFM.
+
+    python finetune_seg.py                                                    # last.pt and from scratch, on phantoms
+    python finetune_seg.py --data HC18 --ckpt last.pt none dinov2_vits14_reg4_pretrain.pth --seeds 3
+    torchrun --nproc_per_node 8 finetune_seg.py --data FASS --ckpt last.pt none
+    python finetune_seg.py --data FASS --ckpt last.pt none --shots 20 --split_seed 0 1 2 3 4 --predictions nnunet=DIR
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import runtime
+import segmenter
+from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models,
+                       named_files, open_backbone)
+from exchange import read_predicted_masks
+from kernels import all_reduce
+from mask_report import circumference_table, compare_masks, mask_class_table
+from model import SIZES
+from plots import best_median_worst, overlay_png
+from report import (STATISTICS, check_output, count, detectable_sentence, few_groups, files_of, find_copies,
+                    latex, runs_text, slug, table, write_json, write_text)
+from seg_data import (PHANTOM_SIZE, class_shares, counts_line, digest_of, digest_of_scores, draw_shots, mask_path, open_data,
+                      own_circumference, score_files, score_network, stack, write_split)
+from weights import merge_seen
+
+SCRIPT = "finetune_seg.py"
+PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound. "
+PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes on two cores
+    "ultradino": {},
+    "cpu": dict(arch="vit_micro", iters=150, warmup_iters=15, val_every=50, save_every=50, batch_size=16, lr=1e-3,
+                layer_decay=0.9, drop_path_rate=0.0, channels=64),
+}
+# may differ between a run and its resumption; what the images and checkpoints are is checked by their digests
+NOT_RECIPE = {"data", "masks", "mask_pattern", "classes", "exclude", "group_regex", "split", "pixel_sizes", "shots", "shots_by",
+              "split_seed", "ckpt", "features", "cache", "predictions", "seeds", "output_dir", "latex", "save_every", "preset",
+              "eval_batch_size", "tolerance"}
+
+
+def get_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with --data, else cpu")
+    first.add_argument("--data", help="images and masks: two folders, side by side, FASS, JNU-IFM, HC18 as downloaded, .mha; "
+                                      "without it phantom planes")
+    chosen, _ = first.parse_known_args(argv)
+    preset = chosen.preset or ("ultradino" if chosen.data else "cpu")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction)
+    # data
+    add("--masks", metavar="FOLDER", help="of the masks, where --data holds the images alone")
+    add("--mask_pattern", help="a mask's name beside its image's, e.g. '{}_mask*.png', {} being the image's without suffix")
+    add("--classes", nargs="+", metavar="NAME=VALUE", help="head=8 symphysis=7, tumour=255, vein=#ff0000, or names of 1, 2, ...")
+    add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match")
+    add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
+    add("--split", metavar="FILE.csv", help="image,split[,group]: which image is for what; others are left out")
+    add("--pixel_sizes", metavar="FILE.csv", help="image,mm[,mm]: width and height of a pixel, for scores in millimetres")
+    add("--val_fraction", type=float, default=0.2, help="share of train groups kept for validation if none is named")
+    add("--test_fraction", type=float, default=0.2, help="share of all groups kept for the test if none is named")
+    add("--test_seed", type=int, default=0, help="of groups drawn for validation and test where the data name none")
+    # few-shot
+    add("--shots", type=int, metavar="N", help="train on N images only; validation and test stay whole")
+    add("--shots_by", choices=("image", "group"), default="image", help="N images, or all images of N groups")
+    add("--split_seed", type=int, nargs="+", default=[0], help="of the draws of --shots: runs for each of them")
+    # models
+    add_arguments(p)
+    add("--predictions", nargs="+", default=[], metavar="NAME=FOLDER", help="anyone's masks of the test images, .png")
+    add("--arch", choices=SIZES, default="vit_small", help="of `none` where no file tells")
+    add("--decoder", choices=("upernet", "linear"), default="upernet", help="on four feature maps, or on the last")
+    add("--channels", type=int, help="of UPerNet; default: the backbone's width")
+    add("--decoder_norm", choices=("group", "none"), default="group", help="of UPerNet; none is the paper's")
+    add("--frozen", **flag, default=False, help="train the decoder alone")
+    # training
+    add("--iters", type=int, default=20_000, help="steps, the same for all models")
+    add("--batch_size", type=int, default=64, help="images per step over all processes")
+    add("--lr", type=float, default=1e-4, help="learning rate of the decoder and the last block")
+    add("--warmup_iters", type=int, default=1500, help="of the learning rate")
+    add("--layer_decay", type=float, default=0.99, help="rate factor per block towards the input; `none` has 1")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, but for biases, norms and LayerScale")
+    add("--drop_path_rate", type=float, default=0.4, help="share of images the last block skips; the first skips none")
+    add("--dice_weight", type=float, default=1.0, help="of the Dice loss beside cross-entropy")
+    add("--augment", **flag, default=True, help="affine, light, gamma, noise, grid, flip")
+    add("--val_every", type=int, default=450, help="steps between validations, of which the best counts")
+    add("--seeds", type=int, default=1, help="training seeds per file and split; their mean is scored")
+    add("--seed", type=int, default=0, help="the first of them, and of the statistics")
+    # the run
+    add("--tolerance", type=float, default=2.0, help="of surface Dice, in mm where all pixel sizes are known, else pixels")
+    add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
+    add("--eval_batch_size", type=int, default=32, help="images per forward pass where nothing is learned")
+    add("--output_dir", default="seg", help="where everything goes; the same command again resumes")
+    add("--save_every", type=int, default=450, help="steps between checkpoints of a run")
+    add("--latex", metavar="FILE.tex", help="write the table and the methods text for a paper")
+    p.set_defaults(**PRESETS[preset], preset=preset)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    if args.features:
+        p.error("--features are one vector an image: other people's masks join by --predictions")
+    if args.data is None and (args.masks or args.mask_pattern or args.classes or args.exclude or args.group_regex or args.split
+                              or args.pixel_sizes):
+        p.error("--masks, --mask_pattern, --classes, --exclude, --group_regex, --split and --pixel_sizes need --data")
+    for name, least in dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
+                            img_size=1, warmup_iters=0, weight_decay=0, dice_weight=0, shots=1, channels=1, tolerance=0).items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < float("inf"):
+            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name in ("val_fraction", "test_fraction", "drop_path_rate"):
+        if not 0 <= getattr(args, name) < 1:
+            p.error(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}")
+    for name in ("lr", "layer_decay"):
+        if not 0 < getattr(args, name) < float("inf"):
+            p.error(f"--{name} must be positive, not {getattr(args, name)}")
+    if min(args.split_seed) < 0 or len({*args.split_seed}) < len(args.split_seed):
+        p.error(f"--split_seed must be numbers from 0, each once, not {' '.join(map(str, args.split_seed))}")
+    if args.warmup_iters >= args.iters:
+        p.error(f"--warmup_iters {args.warmup_iters} must be fewer than --iters {args.iters}")
+    if args.channels and args.decoder == "linear":
+        p.error("--channels are of --decoder upernet")
+
+
+# ---------------------------------------------------------------- one model
+
+def fine_tune(backbone, info, data, args, seed, path, folder, device, rank, world_size, received):
+    """One run: (scores of the test images, best step and validation score), or None if it was stopped. `path` keeps its
+    state, and at last its best step's weights; `folder` the test images' masks."""
+    canvases, is_main = data.images.at(args.img_size), rank == 0
+    stats, K, steps, batch = (info["mean"], info["std"]), len(data.classes), args.iters, args.batch_size
+    decay = 1.0 if info["digest"] is None else args.layer_decay  # nothing below is worth keeping
+    how = dict(name=args.decoder, channels=args.channels, norm=args.decoder_norm)
+    network, buffers, optimizer = segmenter.build(backbone, how, class_shares(data), args.frozen, seed, decay, device)
+    rates = segmenter.learning_rates(args.lr, steps, args.warmup_iters)
+
+    # ---- resume ----
+    identity = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
+    identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
+                    layer_decay=decay, drop_path_rate=backbone.drop_path_rate, images=digest_of(data, canvases))
+    saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
+    best, start = {"validation Dice": -1.0, "step": 0, "state": None}, 0
+    if saved and "scores" in saved:
+        there = all_reduce(torch.tensor(float(os.path.isdir(folder)), device=device)).item() == world_size  # for everyone
+        if there and saved["scored"] == digest_of_scores(data, args.tolerance):
+            return saved["scores"], saved["best"]
+        best, start = {**saved["best"], "state": {**saved["teacher"], **saved["head"]}}, steps  # predict once more
+    elif saved:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        best, start = saved["best"], saved["step"]
+
+    def save(step, **more):
+        if is_main:
+            runtime.save_checkpoint(path, {"step": step, "identity": identity, "best": best, **more})
+
+    # ---- loop ----
+    own = slice(batch * rank // world_size, batch * (rank + 1) // world_size)
+    total, since = torch.tensor(saved.get("total", 0.0) if saved else 0.0, device=device), time.monotonic()
+    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+    todo = range(start, steps)
+    for step, indices in zip(todo, segmenter.batches(data.groups[data.train], seed, todo, batch)):
+        indices = data.train[indices[own]]
+        x, masks = segmenter.make_batch(canvases[indices], data.masks[indices], own, seed, step, batch, args, stats, device)
+        drops, keep = segmenter.draw_drops(network, len(x), args.img_size, seed, step, rank)
+        total += segmenter.train_step(network, buffers, optimizer, x, masks, batch, rates[step], args, drops, keep)
+        bar.update()
+        done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
+        validates, saves = done % args.val_every == 0 or done == steps, stop or done % args.save_every == 0
+        if (saves or validates) and not total.isfinite():  # nothing that is not finite is ever saved
+            raise ValueError(f"{info['path']}, step {done}: the loss is not finite; a lower --lr?")
+        if validates:
+            found = segmenter.validate(network, canvases[data.val], data.masks[data.val], K, stats, args.eval_batch_size,
+                                       device, args.dtype, rank, world_size)
+            loss = total.item() / ((done - 1) % args.val_every + 1)
+            if found > best["validation Dice"]:
+                best = {"validation Dice": found, "step": done, "state": runtime.cpu_copy(network.state_dict())}
+            if is_main:
+                record = {"step": done, "loss": loss, "validation Dice": found, "lr": float(rates[step])}
+                runtime.log_line(log_path, bar, record, (
+                    f"step {done}/{steps} | loss {loss:.3f} | validation Dice {found:.3f}, best "
+                    f"{best['validation Dice']:.3f} | {time.monotonic() - since:.0f} s"))
+            total.zero_()
+        if saves:
+            save(done, total=total.item(), network=runtime.cpu_copy(network.state_dict()),
+                 optimizer=optimizer.state_dict())
+        if stop:
+            bar.close()
+            return None
+    bar.close()
+
+    # ---- test, once, with the best step's weights ----
+    network.load_state_dict(best.pop("state"))
+    scores = score_network(network, data, canvases, stats, args, folder, device, rank, world_size)
+    state = runtime.cpu_copy(network.state_dict())
+    seen = {kind: torch.from_numpy(getattr(data.images, kind)[data.train]) for kind in ("content", "looks")}
+    if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
+        seen = info["seen"] and merge_seen(seen, info["seen"])
+    save(steps, scores=scores, classes=data.classes, decoder=how, config=info["config"], mean=info["mean"], std=info["std"],
+         img_size=args.img_size, seen=seen, scored=digest_of_scores(data, args.tolerance),
+         teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
+         head={key: value for key, value in state.items() if key.startswith("decoder.")})
+    return scores, best
+
+
+def full_layerscale(backbone):
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(1.0)
+
+
+def run_models(models, like, data, draws, args, device, rank, world_size, received):
+    """Every row of --ckpt: ({name: scores of its runs}, {name: [what was chosen, per run]}, {name: [info of each file, and
+    the side of the images it was fed with]}, {name: folder of the first run's masks}); stopped by a signal: None.
+
+    draws: {split seed, or None: train images}.
+    """
+    scores, chosen, infos, folders = {}, {}, {}, {}
+    for model in models:
+        runs, how, infos[model.name], folders[model.name] = [], [], [], None
+        for number, path in enumerate(model.paths):
+            for split, train in draws.items():
+                for seed in range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds):  # each its own
+                    rate = 0.0 if args.frozen or str(path).startswith("timm:") else args.drop_path_rate
+                    backbone, info = open_backbone(path, like, args.arch, seed, rate)
+                    backbone.drop_path_uniform = False
+                    if path is None:  # from scratch the paper's segmenters begin with whole blocks
+                        full_layerscale(backbone)
+                    name = (slug(model.name) + f"-{number}" * (len(model.paths) > 1)
+                            + f"-split{split}" * (split is not None) + f"-seed{seed}")
+                    folder = os.path.join(args.output_dir, "masks", name)
+                    folders[model.name] = folders[model.name] or folder
+                    if rank == 0:
+                        print(f"{model.name}: {info['path']} ({info['family']}), seed {seed}"
+                              + (f", split seed {split}" if split is not None else ""), flush=True)
+                    found = fine_tune(backbone, info, data._replace(train=train), args, seed,
+                                      os.path.join(args.output_dir, f"{name}.pt"), folder, device, rank, world_size, received)
+                    if found is None:
+                        return None
+                    runs, how = [*runs, found[0]], [*how, found[1]]
+            infos[model.name].append({**info, "fed": args.img_size})
+        scores[model.name], chosen[model.name] = stack(runs), how
+    return scores, chosen, infos, folders
+
+
+# ---------------------------------------------------------------- what is said about it
+
+def protocol(args):
+    decoder = "a linear head on the last block" if args.decoder == "linear" else (
+        f"UPerNet on four blocks ({'group norm' if args.decoder_norm == 'group' else 'no norm'}, "
+        f"{args.channels or 'as many'} channels{'' if args.channels else ' as the backbone'})")
+    backbone = "frozen backbone" if args.frozen else (
+        f"whole network trained (layer decay {args.layer_decay:g}, 1 from scratch; drop path 0 to {args.drop_path_rate:g})")
+    return (f"{decoder}, {backbone}; {args.iters:,} steps of {args.batch_size} images (AdamW, learning rate {args.lr:g}, "
+            f"{count(args.warmup_iters, 'step')} of warm-up, then linear to 0; weight decay {args.weight_decay:g}; cross-entropy plus "
+            f"{args.dice_weight:g} Dice loss; augmentation {'on' if args.augment else 'off'}), the step of the largest "
+            f"validation Dice, looked at every {args.val_every:,}")
+
+
+def methods_text(found, data, draws, args):
+    """What a paper must say, with the counts and arguments of this run."""
+    given = [name for name, _ in named_files(args.predictions)]
+    seen = [f"{name}: {file['pretraining set']}. " for name, files in found["files"].items() for file in files
+            if file["pretraining set"]]
+    few = "" if args.shots is None else (
+        f"Of the train images {count(args.shots, args.shots_by)} were used, drawn by split seeds "
+        f"{', '.join(map(str, draws))}; validation and test were whole. ")
+    return "".join([
+        PHANTOMS if args.data is None else "",
+        f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
+        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two parts. ",
+        few, f"{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and padded to a multiple of a "
+        f"model's patch size; masks were scored at each image's own size. ",
+        f"Given were the test masks of {', '.join(given)}. " if given else "",
+        f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; {runs_text(found)}. "
+        f"Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are of each image and class that the "
+        f"truth shows, a missing one counting 0, HD95 the image's diagonal; pooled scores are of all pixels together. "
+        f"{STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
+        f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}."])
+
+
+def write_overlays(rows, folders, data, args):
+    """A picture of the best, the median and the worst test image of each model's first run."""
+    for name, folder in folders.items():
+        own = rows[name]["values"]["Dice"][0][:, 1:]  # (n, K - 1)
+        dices = np.array([np.nanmean(values) if not np.isnan(values).all() else np.nan for values in own])
+        shown = []
+        for word, row in zip(("best", "median", "worst"), best_median_worst(dices)):
+            i = data.test[row]
+            with Image.open(mask_path(folder, data.names[i])) as file:
+                shown.append((f"{word}: {data.names[i]}, Dice {dices[row]:.3f}", data.grey(i), data.truth(i), np.asarray(file)))
+        overlay_png(os.path.join(args.output_dir, f"overlay-{slug(name)}.png"), shown, data.classes,
+                    f"{name}: {'phantom' if args.data is None else 'test'} images, first run")
+
+
+def main(args):
+    # ---- setup ----
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    args.ckpt = args.ckpt or default_models()
+    models, foreign = list_models(args.ckpt, "from scratch"), named_files(args.predictions)
+    check_names([slug(name) for name in [model.name for model in models] + [name for name, _ in foreign]])
+    args.img_size, like = common_network(models, args.img_size, PHANTOM_SIZE if args.data is None else DEFAULT_SIZE)
+    data, notes, present = open_data(args)
+    draws = {None: data.train}
+    if args.shots is not None:
+        found = {seed: draw_shots(data, present, args.shots, args.shots_by, seed) for seed in args.split_seed}
+        draws, notes = {seed: own for seed, (own, _) in found.items()}, notes + [note for _, note in found.values() if note]
+    names, shapes = [data.names[i] for i in data.test], [data.truth(i).shape for i in data.test if foreign]
+    theirs = {name: [read_predicted_masks(folder, names, shapes, len(data.classes)) for folder in folders.split(",")]
+              for name, folders in foreign}
+    os.makedirs(args.output_dir, exist_ok=True)
+    json_path = os.path.join(args.output_dir, "finetune_seg.json")
+    check_output(json_path, "--output_dir's", SCRIPT)
+    if args.latex:
+        check_output(args.latex, "--latex", SCRIPT)
+    received, (rank, world_size, device) = runtime.stop_on_signals(), runtime.setup()
+    torch.backends.cudnn.deterministic = True  # convolutions, or no run could be repeated to the bit
+    if args.batch_size < world_size:
+        raise ValueError(f"{world_size} processes for batches of {args.batch_size} images: --nproc_per_node "
+                         f"{args.batch_size} is the most")
+    if rank == 0:
+        runtime.show_run(args, device, world_size)
+        print("\n".join([f"{data.layout}: {len(data.names):,} images, classes {', '.join(data.classes)}; groups by "
+                         f"{data.grouped_by}: {counts_line(data)}; no group is in two parts", *notes, protocol(args)]), flush=True)
+        write_split(data, os.path.join(args.output_dir, "split.csv"))
+
+    # ---- models ----
+    found = run_models(models, like, data, draws, args, device, rank, world_size, received)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if found is None and rank == 0:
+        print("stopped before the end: the same command goes on")
+    if rank > 0 or found is None:
+        return
+    rows, chosen, infos, folders = found
+    rows.update({name: stack([score_files(read, data, args) for read in runs]) for name, runs in theirs.items()})
+
+    # ---- report ----
+    measured = None if data.measured is None else data.measured[data.test]
+    found = compare_masks(rows, data.groups[data.test], data.classes, "pixels" if data.mm is None else "mm", args.seed, measured)
+    if measured is not None:
+        found["own masks"] = own_circumference(data)
+    found.update(phantom=args.data is None, chosen=chosen, files=files_of(infos, data), copies=find_copies(data),
+                 train={str(seed): len(own) for seed, own in draws.items()})
+    print()
+    for name, files in found["files"].items():
+        for file in files:
+            if file["pretraining set"]:
+                print(f"{name}, {file['path']}: {file['pretraining set']}")
+    print(found["copies"]["sentence"])
+    for name, runs in chosen.items():
+        print(f"{name}, on validation: " + "; ".join(f"Dice {run['validation Dice']:.3f}, step {run['step']}" for run in runs))
+    print(f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
+          f"({runs_text(found)}; files times splits times seeds) [95 % interval over groups]\n")
+    measures = [] if measured is None else [
+        *circumference_table(found), f"the test set's own masks: {found['own masks']}", ""]
+    print("\n".join([*table(found), "", *measures, *mask_class_table(found), "", few_groups(found) + detectable_sentence(found)]))
+    if args.data is None:
+        print(f"\n{PHANTOMS.strip()}")
+    found["methods"] = methods_text(found, data, draws, args)
+    write_overlays(rows, folders, data, args)
+    if args.latex:
+        write_text(args.latex, latex(found, found["methods"], SCRIPT, PHANTOMS if args.data is None else ""))
+    write_json(json_path, SCRIPT, args, device, found)
+    print(f"\nwrote {json_path}, overlay-*.png, masks/ and split.csv beside it" + (f", {args.latex}" if args.latex else ""))
+
+
+if __name__ == "__main__":
+    with runtime.clear_errors():
+        main(get_args())

@@ -1,0 +1,201 @@
+"""A segmentation set as a run sees it: its parts, masks squashed as the images are, few-shot draws, and the scores of
+predicted masks at each image's own size."""
+
+import collections
+import concurrent.futures
+import csv
+import filecmp
+import hashlib
+import os
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import phantom
+import segmenter
+from data import philox
+from exchange import mask_name, write_mask
+from features import Images
+from images import Frame
+from kernels import all_reduce
+from masks import MaskedSet, classes_present, read_mask, read_masked, read_masked_image, split_masked
+from metrics import head_circumference, mask_scores
+from runtime import rename_aside
+
+PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 3_000_000, 600, 64  # none of the other stages' phantoms
+SHOTS, SHOT_DRAWS = 5, 1000  # stream of data.philox; draws of a few-shot set until it holds every class
+VALUES = ("Dice", "IoU", "HD95", "surface Dice")  # of an image and class
+
+# of n images: names, groups; indices of the parts; images: features.Images; masks: uint8 (n, S, S), squashed as images are;
+# truth(i), grey(i): at the image's own size; mm: (n, 2), or None where not all are known; measured: (n,) mm, or None
+Data = collections.namedtuple("Data", "names classes groups grouped_by train val test images masks truth grey mm measured "
+                                      "layout")
+
+
+# ---------------------------------------------------------------- images, masks, parts
+
+def open_data(args):
+    """The set, split by groups, with masks squashed to --img_size, and what was noticed, in sentences."""
+    if args.data is None:
+        canvases, drawn, groups = phantom.phantom_masks(PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED)
+        n = len(canvases)
+        found = MaskedSet(paths=None, names=[f"phantom {i}" for i in range(n)], masks=None, groups=list(map(str, groups)),
+                          splits=None, classes=list(phantom.STRUCTURES), values=None, mm=np.full((n, 2), np.nan),
+                          circumference=None, grouped_by="phantom patient", layout="phantoms")
+        frame, truth = (lambda i: Frame(canvases[i], canvases[i])), (lambda i: drawn[i])
+        present = np.stack([(drawn == k).any((1, 2)) for k in range(len(found.classes))], 1)
+    else:
+        found = read_masked(args.data, args.masks, args.mask_pattern, args.classes, args.exclude, args.group_regex,
+                            args.split, args.pixel_sizes)
+        frame, truth = (lambda i: read_masked_image(found, i)), (lambda i: read_mask(found, i))
+        present = classes_present(found)
+    splits, notes = split_masked(found, present, args.test_seed, args.val_fraction, args.test_fraction)
+    parts = [np.flatnonzero(np.array(splits) == part) for part in ("train", "val", "test")]
+    if not present[parts[1], 1:].any():
+        raise ValueError("no validation image shows a structure: there is nothing to choose the best step by")
+    owners = {}
+    for name in found.names:  # their masks are written
+        if owners.setdefault(mask_name(name), name) != name:
+            raise ValueError(f"{owners[mask_name(name)]} and {name} differ in suffix only: their masks would be one file")
+    mm = None if np.isnan(found.mm).any() else found.mm
+    data = Data(found.names, list(found.classes), np.array(found.groups), found.grouped_by, *parts,
+                Images(len(found.names), frame), squash(truth, len(found.names), args.img_size), truth,
+                lambda i: frame(i).grey, mm, None if mm is None else found.circumference, found.layout)
+    return data, notes, present
+
+
+def squash(truth, n, size):
+    """Masks at their images' sizes -> uint8 (n, size, size), the nearest pixel of each."""
+    masks = np.empty((n, size, size), np.uint8)
+
+    def read(i):
+        masks[i] = Image.fromarray(truth(i)).resize((size, size), Image.Resampling.NEAREST)
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:  # decoding leaves Python's lock
+        list(tqdm(pool.map(read, range(n)), total=n, desc="masks", disable=not sys.stderr.isatty(), leave=False))
+    return masks
+
+
+def draw_shots(data, present, shots, by, seed):
+    """(indices of the train images that --shots leaves, a sentence on classes that they lack or None).
+
+    Drawn anew until every class of the train set is there; if that never happens, the draw that lacks fewest.
+    """
+    rng, keys = philox(seed, shots, SHOTS), np.arange(len(data.train)) if by == "image" else data.groups[data.train]
+    units = np.unique(keys)
+    if shots > len(units):
+        raise ValueError(f"--shots {shots}: there are {len(units)} train {by}s")
+    wanted, best = present[data.train].any(0), None
+    for _ in range(SHOT_DRAWS):
+        own = np.isin(keys, rng.permutation(units)[:shots])
+        lacks = wanted & ~present[data.train[own]].any(0)
+        if best is None or lacks.sum() < best[1].sum():
+            best = own, lacks
+        if not lacks.any():
+            break
+    own, lacks = best
+    missing = [data.classes[k] for k in np.flatnonzero(lacks)]
+    return data.train[own], f"--split_seed {seed}: no image shows {', '.join(missing)}" if missing else None
+
+
+def class_shares(data):
+    """(K,): share of the train pixels that each class has."""
+    return np.bincount(data.masks[data.train].ravel(), minlength=len(data.classes)) / data.masks[data.train].size
+
+
+def digest_of(data, canvases):
+    """Of all that a run sees of the data: images, masks, parts."""
+    digest = hashlib.sha256(canvases)
+    digest.update(data.masks)
+    for array in (np.unique(data.groups, return_inverse=True)[1], data.train, data.val, data.test):
+        digest.update(np.ascontiguousarray(array, np.int64))
+    return digest.hexdigest()
+
+
+def digest_of_scores(data, tolerance):
+    """Of what scores depend on beside the masks: a run that was scored otherwise is scored again."""
+    texts = [None if x is None else x[data.test].tolist() for x in (data.mm, data.measured)] + [tolerance]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+
+def write_split(data, path):
+    """CSV image,split,group: for --split, and for whoever wants to train another model on the same parts."""
+    parts = {i: part for part in ("train", "val", "test") for i in getattr(data, part)}
+    rows = [(name, parts[i], group) for i, (name, group) in enumerate(zip(data.names, data.groups)) if i in parts]
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("image", "split", "group"), *rows])
+    if os.path.exists(path) and not filecmp.cmp(f"{path}.tmp", path, shallow=False):
+        print(f"{path} is another split: kept as {rename_aside(path)}")
+    os.replace(f"{path}.tmp", path)
+
+
+def counts_line(data):
+    return ", ".join(f"{part} {len(own):,} images of {len(np.unique(data.groups[own])):,} groups"
+                     for part, own in (("train", data.train), ("validation", data.val), ("test", data.test)))
+
+
+# ---------------------------------------------------------------- scores
+
+def empty_scores(data):
+    n, K = len(data.test), len(data.classes)
+    scores = {"counts": np.zeros((n, K, 3), np.int64), **{name: np.zeros((n, K)) for name in VALUES}}
+    return scores if data.measured is None else {**scores, "circumference": np.zeros(n)}
+
+
+def score(scores, row, mask, data, tolerance):
+    """Fill in what the mask of test image `row`, at its own size, is worth."""
+    i = data.test[row]
+    mm = None if data.mm is None else tuple(data.mm[i])
+    scores["counts"][row], values = mask_scores(data.truth(i), mask, len(data.classes), mm, tolerance)
+    for name in VALUES:
+        scores[name][row] = values[name]
+    if data.measured is not None:
+        scores["circumference"][row] = head_circumference(mask == 1, mm)
+
+
+def score_network(network, data, canvases, stats, args, folder, device, rank, world_size):
+    """Scores of the test images, whose masks are written into `folder`; each process does its share."""
+    network.eval()
+    scores, own = empty_scores(data), np.array_split(np.arange(len(data.test)), world_size)[rank]
+
+    def finish(row, logits):
+        i = data.test[row]
+        mask = segmenter.at_own_size(logits, *data.truth(i).shape)
+        write_mask(mask_path(folder, data.names[i]), mask, data.classes)
+        score(scores, row, mask, data, args.tolerance)
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+        for start in range(0, len(own), args.eval_batch_size):
+            rows = own[start:start + args.eval_batch_size]
+            logits = segmenter.predict_logits(network, canvases[data.test[rows]], stats, device, args.dtype)
+            list(pool.map(finish, rows, logits))
+    network.train()
+    return {name: all_reduce(torch.from_numpy(values).to(device)).cpu() for name, values in scores.items()}
+
+
+def mask_path(folder, name):
+    return os.path.join(folder, mask_name(name))
+
+
+def score_files(read, data, args):
+    """Scores of anyone's masks: read(row) -> uint8 (h, w) of a test image."""
+    scores = empty_scores(data)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(lambda row: score(scores, row, read(row), data, args.tolerance), range(len(data.test))))
+    return {name: torch.from_numpy(values) for name, values in scores.items()}
+
+
+def own_circumference(data):
+    """How far the test set's own masks are from the circumferences measured by hand, in words."""
+    found = [head_circumference(data.truth(i) == 1, tuple(data.mm[i])) for i in data.test]
+    errors = np.array(found) - data.measured[data.test]
+    return f"bias {np.nanmean(errors):+.2f} mm, mean absolute error {np.nanmean(np.abs(errors)):.2f} mm"
+
+
+def stack(runs):
+    """Scores of several runs -> what compare_masks takes."""
+    found = {name: np.stack([run[name].numpy() for run in runs]) for name in runs[0]}
+    return {"values": {name: found.pop(name) for name in VALUES}, **found}
