@@ -129,8 +129,6 @@ def check_args(p, args):
         p.error(f"--split_seed must be numbers from 0, each once, not {' '.join(map(str, args.split_seed))}")
     if args.warmup_iters >= args.iters:
         p.error(f"--warmup_iters {args.warmup_iters} must be fewer than --iters {args.iters}")
-    if args.channels and args.decoder == "linear":
-        p.error("--channels are of --decoder upernet")
 
 
 # ---------------------------------------------------------------- one model

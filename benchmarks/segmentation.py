@@ -25,7 +25,7 @@ from comparison import made
 from record import ROOT, record
 
 SEEDS = 3
-COMMON = ["--preset", "cpu", "--img_size", "96", "--channels", "32", "--val_every", "50"]
+COMMON = ["--preset", "cpu", "--img_size", "80", "--channels", "32", "--val_every", "50"]
 PROTOCOLS = {"upernet": ["--iters", "250", "--warmup_iters", "25"],
              "linear": ["--iters", "250", "--warmup_iters", "25", "--frozen", "--decoder", "linear", "--lr", "0.01"],
              "upernet_20": ["--iters", "150", "--warmup_iters", "15", "--shots", "20"],
