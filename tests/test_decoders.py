@@ -144,14 +144,14 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_initialisation():
-    """Classifiers start small, so that all classes are likely at first; the pyramid keeps a map's scale."""
+    """After a norm logits are of unit scale, else classifiers start small; the pyramid keeps a map's scale."""
     net, x = UPerNet(64, 40), torch.randn(4, 64, 8, 8)
-    for classifier in (net.classifier, LinearDecoder(64, 40).classifier):
-        assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.05) and not classifier.bias.any()
+    for first, std in ((net, 1 / 8), (UPerNet(64, 40, norm="none"), 0.01), (LinearDecoder(64, 40), 0.01)):
+        assert first.classifier.weight.std().item() == pytest.approx(std, rel=0.05) and not first.classifier.bias.any()
     assert net.pyramid.up2(x).std().item() == pytest.approx(1, rel=0.05)
     assert net.fusion.conv.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
-    for first in (net, UPerNet(64, 40, norm="none")):
-        assert first([x] * 4).softmax(1).max() < 0.1  # of 40 classes
+    assert UPerNet(64, 40, norm="none")([x] * 4).softmax(1).max() < 0.1  # of 40 classes
+    assert 0.3 < net([x] * 4).std(1).mean() < 1.5
 
 
 def test_linear_decoder_is_a_product():

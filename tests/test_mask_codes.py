@@ -220,9 +220,11 @@ def ring(shape, x, y, a, b, angle, width=3):
 def test_outlines_are_filled_cut_ones_too(tmp_path, ellipse):
     line, inside = ring((120, 160), *ellipse)
     filled = fill_outline(line)
-    assert {*np.unique(filled)} == {0, 255} and (filled[line > 0] == 255).all()
-    wrong = (filled > 0) != (inside | (line > 0))
-    assert not wrong.any()
+    assert {*np.unique(filled)} == {0, 255}
+    wrong = (filled > 0) != inside
+    assert not wrong[line == 0].any() and wrong.sum() < 0.2 * (line > 0).sum()  # Pillow's lines lean by a part of a pixel
+    whole = np.abs((filled > 0).sum() - inside.sum()), np.abs(((filled > 0) | (line > 0)).sum() - inside.sum())
+    assert 3 * whole[0] < whole[1]  # with the line's outer half every head would be too large
     codes, levels = read_codes(save(tmp_path / "a_Annotation.png", line), outline=True)
     assert np.array_equal(codes, filled) and levels == [0, 255]
     assert np.array_equal(read_codes(str(tmp_path / "a_Annotation.png"))[0], line)
