@@ -14,15 +14,17 @@ Model = collections.namedtuple("Model", "name paths")
 DEFAULT_SIZE = 224  # of images, where no file of pretrain.py tells
 
 
-def add_arguments(p):
-    """The flags that every comparison takes."""
+def add_arguments(p, frozen=True):
+    """The flags that every comparison takes; `frozen`: also those of frozen features."""
     add = p.add_argument
     add("--ckpt", nargs="+", metavar="MODEL", help="FILE, NAME=FILE, NAME=FILE,FILE,... (pretraining seeds), none (the "
         "first file's network without its weights) or timm:NAME; the first is compared with the others")
-    add("--features", nargs="+", default=[], metavar="NAME=FILE", help="another model's frozen vectors, .npz")
+    if frozen:
+        add("--features", nargs="+", default=[], metavar="NAME=FILE", help="another model's frozen vectors, .npz")
     add("--img_size", type=int, help="side that images are squashed to, the same for all models, but for the nearest "
         "multiple of a patch; default: what the first file of pretrain.py was trained at, else 224, phantoms 64")
-    add("--cache", default="features", help="folder of frozen features, kept by digest of checkpoint and image")
+    if frozen:
+        add("--cache", default="features", help="folder of frozen features, kept by digest of checkpoint and image")
 
 
 def list_models(texts, none_name):
@@ -93,14 +95,15 @@ def common_network(models, img_size, default=DEFAULT_SIZE):
 
 def open_backbone(path, like, arch, seed, drop_path_rate=0.0):
     """(backbone that takes one channel, its info, with its path). path None: at random initialisation, with the
-    network and normalisation of `like`, else a ViT/16 `arch` with UltraDINO's."""
+    network and normalisation of `like`, else `arch` with UltraDINO's."""
     if path is not None:
         backbone, info = grey_backbone(path)
         if drop_path_rate and not isinstance(backbone, VisionTransformer):
             raise ValueError(f"{path}: --drop_path_rate is not for timm's networks")
         backbone.drop_path_rate = drop_path_rate
         return backbone, {**info, "path": path}
-    config = dict(SIZES[arch], img_size=DEFAULT_SIZE, patch_size=16, num_register_tokens=4)
+    patch_size = 8 if arch == "vit_micro" else 16  # as pretrain.py's: small networks are for small images
+    config = dict(SIZES[arch], img_size=DEFAULT_SIZE, patch_size=patch_size, num_register_tokens=4)
     mean, std = ULTRADINO_MEAN_STD
     if like is not None:
         config, mean, std = like["config"], like["mean"], like["std"]

@@ -96,7 +96,7 @@ def mask_name(name):
     """What the mask of image `name` is called below a folder of masks: as the image, but .png. If that leads out of the
     folder, where the image itself may lie, / becomes _."""
     stem, suffix = os.path.splitext(name)
-    known = suffix.lower() in (*IMAGE_SUFFIXES, *dicom.SUFFIXES, ".mha")  # a DICOM file's name is full of dots
+    known = suffix.lower() in (*IMAGE_SUFFIXES, *dicom.SUFFIXES, ".mha", ".mhd")  # a DICOM file's name is full of dots
     name = (stem if known else name) + ".png"
     return name.replace("/", "_") if name.startswith("/") or ".." in name.split("/") else name
 

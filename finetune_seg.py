@@ -1,8 +1,8 @@
-"""Segmentation: train a decoder on several backbones, with all or a few labelled images, and compare them in one table.
+"""Segmentation: train a decoder on several backbones, with all or few labelled images, and compare them in one table.
 
-Each model sees the same images, splits and budget, is chosen by validation Dice, and is scored once on the test groups, at
-each image's own size, in millimetres where they are known: means over runs with 95 % intervals, and paired tests against
-the first one. After UltraDINO, sections on FASS and JNU-IFM.
+Each model sees the same images, splits and budget, is chosen by validation Dice, and is scored once on the test groups,
+at each image's own size, in millimetres where they are known: means over runs with 95 % intervals, and paired tests
+against the first one. After UltraDINO, sections on FASS and JNU-IFM.
 
     python finetune_seg.py                                                    # last.pt and from scratch, on phantoms
     python finetune_seg.py --data HC18 --ckpt last.pt none dinov2_vits14_reg4_pretrain.pth --seeds 3
@@ -33,28 +33,28 @@ from model import SIZES
 from plots import best_median_worst, overlay_png
 from report import (STATISTICS, check_output, count, detectable_sentence, few_groups, files_of, find_copies,
                     latex, runs_text, slug, table, write_json, write_text)
-from seg_data import (PHANTOM_SIZE, class_shares, counts_line, digest_of, digest_of_scores, draw_shots, mask_path, open_data,
-                      own_circumference, score_files, score_network, stack, write_split)
+from seg_data import (PHANTOM_SIZE, class_shares, counts_line, digest_of, digest_of_scores, draw_shots, mask_path,
+                      open_data, own_circumference, score_files, score_network, stack, write_split)
 from weights import merge_seen
 
 SCRIPT = "finetune_seg.py"
 PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound. "
 PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes on two cores
     "ultradino": {},
-    "cpu": dict(arch="vit_micro", iters=150, warmup_iters=15, val_every=50, save_every=50, batch_size=16, lr=1e-3,
-                layer_decay=0.9, drop_path_rate=0.0, channels=64),
+    "cpu": dict(arch="vit_micro", iters=300, warmup_iters=30, val_every=50, save_every=50, batch_size=16, lr=2e-3,
+                layer_decay=0.9, drop_path_rate=0.0, channels=32),
 }
 # may differ between a run and its resumption; what the images and checkpoints are is checked by their digests
-NOT_RECIPE = {"data", "masks", "mask_pattern", "classes", "exclude", "group_regex", "split", "pixel_sizes", "shots", "shots_by",
-              "split_seed", "ckpt", "features", "cache", "predictions", "seeds", "output_dir", "latex", "save_every", "preset",
+NOT_RECIPE = {"data", "masks", "mask_pattern", "classes", "exclude", "group_regex", "split", "pixel_sizes", "shots",
+              "shots_by", "split_seed", "ckpt", "predictions", "seeds", "output_dir", "latex", "save_every", "preset",
               "eval_batch_size", "tolerance"}
 
 
 def get_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with --data, else cpu")
-    first.add_argument("--data", help="images and masks: two folders, side by side, FASS, JNU-IFM, HC18 as downloaded, .mha; "
-                                      "without it phantom planes")
+    first.add_argument("--data", help="images and masks: two folders, side by side, .mha, FASS, JNU-IFM or HC18 as "
+                                      "downloaded; without it phantom planes")
     chosen, _ = first.parse_known_args(argv)
     preset = chosen.preset or ("ultradino" if chosen.data else "cpu")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
@@ -62,12 +62,13 @@ def get_args(argv=None):
     add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction)
     # data
     add("--masks", metavar="FOLDER", help="of the masks, where --data holds the images alone")
-    add("--mask_pattern", help="a mask's name beside its image's, e.g. '{}_mask*.png', {} being the image's without suffix")
-    add("--classes", nargs="+", metavar="NAME=VALUE", help="head=8 symphysis=7, tumour=255, vein=#ff0000, or names of 1, 2, ...")
+    add("--mask_pattern", help="of a mask's name, e.g. '{}_mask*.png', {} being its image's without suffix")
+    add("--classes", nargs="+", metavar="NAME=VALUE",
+        help="head=8 symphysis=7, tumour=255, vein=#ff0000, or names of 1, 2, ...")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match")
     add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
     add("--split", metavar="FILE.csv", help="image,split[,group]: which image is for what; others are left out")
-    add("--pixel_sizes", metavar="FILE.csv", help="image,mm[,mm]: width and height of a pixel, for scores in millimetres")
+    add("--pixel_sizes", metavar="FILE.csv", help="image,mm: width of a pixel, or image,mm_x,mm_y, for scores in mm")
     add("--val_fraction", type=float, default=0.2, help="share of train groups kept for validation if none is named")
     add("--test_fraction", type=float, default=0.2, help="share of all groups kept for the test if none is named")
     add("--test_seed", type=int, default=0, help="of groups drawn for validation and test where the data name none")
@@ -76,7 +77,7 @@ def get_args(argv=None):
     add("--shots_by", choices=("image", "group"), default="image", help="N images, or all images of N groups")
     add("--split_seed", type=int, nargs="+", default=[0], help="of the draws of --shots: runs for each of them")
     # models
-    add_arguments(p)
+    add_arguments(p, frozen=False)
     add("--predictions", nargs="+", default=[], metavar="NAME=FOLDER", help="anyone's masks of the test images, .png")
     add("--arch", choices=SIZES, default="vit_small", help="of `none` where no file tells")
     add("--decoder", choices=("upernet", "linear"), default="upernet", help="on four feature maps, or on the last")
@@ -97,7 +98,7 @@ def get_args(argv=None):
     add("--seeds", type=int, default=1, help="training seeds per file and split; their mean is scored")
     add("--seed", type=int, default=0, help="the first of them, and of the statistics")
     # the run
-    add("--tolerance", type=float, default=2.0, help="of surface Dice, in mm where all pixel sizes are known, else pixels")
+    add("--tolerance", type=float, default=2.0, help="of surface Dice, in mm where pixel sizes are known, else pixels")
     add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
     add("--eval_batch_size", type=int, default=32, help="images per forward pass where nothing is learned")
     add("--output_dir", default="seg", help="where everything goes; the same command again resumes")
@@ -110,13 +111,12 @@ def get_args(argv=None):
 
 
 def check_args(p, args):
-    if args.features:
-        p.error("--features are one vector an image: other people's masks join by --predictions")
-    if args.data is None and (args.masks or args.mask_pattern or args.classes or args.exclude or args.group_regex or args.split
-                              or args.pixel_sizes):
-        p.error("--masks, --mask_pattern, --classes, --exclude, --group_regex, --split and --pixel_sizes need --data")
-    for name, least in dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
-                            img_size=1, warmup_iters=0, weight_decay=0, dice_weight=0, shots=1, channels=1, tolerance=0).items():
+    of_data = ("masks", "mask_pattern", "classes", "exclude", "group_regex", "split", "pixel_sizes")
+    if args.data is None and any(getattr(args, name) for name in of_data):
+        p.error(f"--{', --'.join(of_data)} need --data: phantoms have no files")
+    for name, least in dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1,
+                            val_every=1, img_size=1, warmup_iters=0, weight_decay=0, dice_weight=0, shots=1, channels=1,
+                            tolerance=0).items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < float("inf"):
             p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
     for name in ("val_fraction", "test_fraction", "drop_path_rate"):
@@ -150,7 +150,8 @@ def fine_tune(backbone, info, data, args, seed, path, folder, device, rank, worl
     saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
     best, start = {"validation Dice": -1.0, "step": 0, "state": None}, 0
     if saved and "scores" in saved:
-        there = all_reduce(torch.tensor(float(os.path.isdir(folder)), device=device)).item() == world_size  # for everyone
+        there = all(os.path.exists(mask_path(folder, data.names[i])) for i in data.test)
+        there = all_reduce(torch.tensor(float(there), device=device)).item() == world_size  # one answer for all
         if there and saved["scored"] == digest_of_scores(data, args.tolerance):
             return saved["scores"], saved["best"]
         best, start = {**saved["best"], "state": {**saved["teacher"], **saved["head"]}}, steps  # predict once more
@@ -170,7 +171,8 @@ def fine_tune(backbone, info, data, args, seed, path, folder, device, rank, worl
     todo = range(start, steps)
     for step, indices in zip(todo, segmenter.batches(data.groups[data.train], seed, todo, batch)):
         indices = data.train[indices[own]]
-        x, masks = segmenter.make_batch(canvases[indices], data.masks[indices], own, seed, step, batch, args, stats, device)
+        x, masks = segmenter.make_batch(canvases[indices], data.masks[indices], own, seed, step, batch, args, stats,
+                                        device)
         drops, keep = segmenter.draw_drops(network, len(x), args.img_size, seed, step, rank)
         total += segmenter.train_step(network, buffers, optimizer, x, masks, batch, rates[step], args, drops, keep)
         bar.update()
@@ -179,8 +181,8 @@ def fine_tune(backbone, info, data, args, seed, path, folder, device, rank, worl
         if (saves or validates) and not total.isfinite():  # nothing that is not finite is ever saved
             raise ValueError(f"{info['path']}, step {done}: the loss is not finite; a lower --lr?")
         if validates:
-            found = segmenter.validate(network, canvases[data.val], data.masks[data.val], K, stats, args.eval_batch_size,
-                                       device, args.dtype, rank, world_size)
+            found = segmenter.validate(network, canvases, data.masks, data.val, K, stats, args.eval_batch_size, device,
+                                       args.dtype, rank, world_size)
             loss = total.item() / ((done - 1) % args.val_every + 1)
             if found > best["validation Dice"]:
                 best = {"validation Dice": found, "step": done, "state": runtime.cpu_copy(network.state_dict())}
@@ -205,8 +207,8 @@ def fine_tune(backbone, info, data, args, seed, path, folder, device, rank, worl
     seen = {kind: torch.from_numpy(getattr(data.images, kind)[data.train]) for kind in ("content", "looks")}
     if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
         seen = info["seen"] and merge_seen(seen, info["seen"])
-    save(steps, scores=scores, classes=data.classes, decoder=how, config=info["config"], mean=info["mean"], std=info["std"],
-         img_size=args.img_size, seen=seen, scored=digest_of_scores(data, args.tolerance),
+    save(steps, scores=scores, classes=data.classes, decoder=how, config=info["config"], mean=info["mean"],
+         std=info["std"], img_size=args.img_size, seen=seen, scored=digest_of_scores(data, args.tolerance),
          teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
          head={key: value for key, value in state.items() if key.startswith("decoder.")})
     return scores, best
@@ -220,8 +222,8 @@ def full_layerscale(backbone):
 
 
 def run_models(models, like, data, draws, args, device, rank, world_size, received):
-    """Every row of --ckpt: ({name: scores of its runs}, {name: [what was chosen, per run]}, {name: [info of each file, and
-    the side of the images it was fed with]}, {name: folder of the first run's masks}); stopped by a signal: None.
+    """Every row of --ckpt: ({name: scores of its runs}, {name: [what was chosen, per run]}, {name: [info of each file,
+    and the side of the images it was fed with]}, {name: folder of the first run's masks}); stopped by a signal: None.
 
     draws: {split seed, or None: train images}.
     """
@@ -229,8 +231,9 @@ def run_models(models, like, data, draws, args, device, rank, world_size, receiv
     for model in models:
         runs, how, infos[model.name], folders[model.name] = [], [], [], None
         for number, path in enumerate(model.paths):
+            seeds = range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds)  # each file's own
             for split, train in draws.items():
-                for seed in range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds):  # each its own
+                for seed in seeds:
                     rate = 0.0 if args.frozen or str(path).startswith("timm:") else args.drop_path_rate
                     backbone, info = open_backbone(path, like, args.arch, seed, rate)
                     backbone.drop_path_uniform = False
@@ -243,8 +246,9 @@ def run_models(models, like, data, draws, args, device, rank, world_size, receiv
                     if rank == 0:
                         print(f"{model.name}: {info['path']} ({info['family']}), seed {seed}"
                               + (f", split seed {split}" if split is not None else ""), flush=True)
-                    found = fine_tune(backbone, info, data._replace(train=train), args, seed,
-                                      os.path.join(args.output_dir, f"{name}.pt"), folder, device, rank, world_size, received)
+                    path_of_run = os.path.join(args.output_dir, f"{name}.pt")
+                    found = fine_tune(backbone, info, data._replace(train=train), args, seed, path_of_run, folder, device,
+                                      rank, world_size, received)
                     if found is None:
                         return None
                     runs, how = [*runs, found[0]], [*how, found[1]]
@@ -260,11 +264,13 @@ def protocol(args):
         f"UPerNet on four blocks ({'group norm' if args.decoder_norm == 'group' else 'no norm'}, "
         f"{args.channels or 'as many'} channels{'' if args.channels else ' as the backbone'})")
     backbone = "frozen backbone" if args.frozen else (
-        f"whole network trained (layer decay {args.layer_decay:g}, 1 from scratch; drop path 0 to {args.drop_path_rate:g})")
-    return (f"{decoder}, {backbone}; {args.iters:,} steps of {args.batch_size} images (AdamW, learning rate {args.lr:g}, "
-            f"{count(args.warmup_iters, 'step')} of warm-up, then linear to 0; weight decay {args.weight_decay:g}; cross-entropy plus "
-            f"{args.dice_weight:g} Dice loss; augmentation {'on' if args.augment else 'off'}), the step of the largest "
-            f"validation Dice, looked at every {args.val_every:,}")
+        f"whole network trained (layer decay {args.layer_decay:g}, drop path 0 to {args.drop_path_rate:g}; from scratch "
+        f"no layer decay, and LayerScale starts at 1)")
+    return (f"{decoder}, {backbone}; {args.iters:,} steps of {args.batch_size} images (AdamW, learning rate "
+            f"{args.lr:g}, {count(args.warmup_iters, 'step')} of warm-up, then linear to 0; weight decay "
+            f"{args.weight_decay:g}; cross-entropy plus {args.dice_weight:g} Dice loss; augmentation "
+            f"{'on' if args.augment else 'off'}), the step of the largest pooled foreground Dice on validation, at "
+            f"{args.img_size} pixels, looked at every {args.val_every:,}")
 
 
 def methods_text(found, data, draws, args):
@@ -274,19 +280,35 @@ def methods_text(found, data, draws, args):
             if file["pretraining set"]]
     few = "" if args.shots is None else (
         f"Of the train images {count(args.shots, args.shots_by)} were used, drawn by split seeds "
-        f"{', '.join(map(str, draws))}; validation and test were whole. ")
+        f"{', '.join(map(str, draws))}, again until they showed every class; validation and test were whole. ")
     return "".join([
         PHANTOMS if args.data is None else "",
         f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
-        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two parts. ",
-        few, f"{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and padded to a multiple of a "
-        f"model's patch size; masks were scored at each image's own size. ",
+        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two "
+        f"parts. ", few, f"{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and padded to a "
+        f"multiple of a model's patch size; masks were scored at each image's own size. ",
         f"Given were the test masks of {', '.join(given)}. " if given else "",
-        f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; {runs_text(found)}. "
-        f"Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are of each image and class that the "
-        f"truth shows, a missing one counting 0, HD95 the image's diagonal; pooled scores are of all pixels together. "
-        f"{STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
+        f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; "
+        f"{runs_text(found)}. Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are of each "
+        f"image and class that the truth shows, a missing one counting 0, HD95 the image's diagonal; pooled scores are of "
+        f"all pixels together. ",
+        circumference_text(found), f"{STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
         f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}."])
+
+
+def circumference_text(found):
+    """How circumferences were measured, and each model's limits of agreement; nothing where none were."""
+    if "own masks" not in found:
+        return ""
+    limits = []
+    for name, model in found["models"].items():
+        own = model["circumference [mm]"]
+        bias, lower, upper = (own[key]["estimate"] for key in ("bias", "lower", "upper"))
+        if bias is not None:
+            limits.append(f"{name} {bias:+.1f} [{lower:+.1f}, {upper:+.1f}] mm, {own['no ellipse']:,} without")
+    return (f"Circumferences are of the ellipse fitted to the edge of a mask's largest part; a head without one is off by "
+            f"all that was measured. Bias [limits of agreement], heads without an ellipse: {'; '.join(limits)}. The test "
+            f"set's own masks: {found['own masks']}. ")
 
 
 def write_overlays(rows, folders, data, args):
@@ -298,7 +320,8 @@ def write_overlays(rows, folders, data, args):
         for word, row in zip(("best", "median", "worst"), best_median_worst(dices)):
             i = data.test[row]
             with Image.open(mask_path(folder, data.names[i])) as file:
-                shown.append((f"{word}: {data.names[i]}, Dice {dices[row]:.3f}", data.grey(i), data.truth(i), np.asarray(file)))
+                mask = np.asarray(file)
+            shown.append((f"{word}: {data.names[i]}, Dice {dices[row]:.3f}", data.grey(i), data.truth(i), mask))
         overlay_png(os.path.join(args.output_dir, f"overlay-{slug(name)}.png"), shown, data.classes,
                     f"{name}: {'phantom' if args.data is None else 'test'} images, first run")
 
@@ -314,7 +337,8 @@ def main(args):
     draws = {None: data.train}
     if args.shots is not None:
         found = {seed: draw_shots(data, present, args.shots, args.shots_by, seed) for seed in args.split_seed}
-        draws, notes = {seed: own for seed, (own, _) in found.items()}, notes + [note for _, note in found.values() if note]
+        draws = {seed: own for seed, (own, _) in found.items()}
+        notes = [*notes, *(note for _, note in found.values() if note)]
     names, shapes = [data.names[i] for i in data.test], [data.truth(i).shape for i in data.test if foreign]
     theirs = {name: [read_predicted_masks(folder, names, shapes, len(data.classes)) for folder in folders.split(",")]
               for name, folders in foreign}
@@ -330,8 +354,9 @@ def main(args):
                          f"{args.batch_size} is the most")
     if rank == 0:
         runtime.show_run(args, device, world_size)
-        print("\n".join([f"{data.layout}: {len(data.names):,} images, classes {', '.join(data.classes)}; groups by "
-                         f"{data.grouped_by}: {counts_line(data)}; no group is in two parts", *notes, protocol(args)]), flush=True)
+        print(f"{data.layout}: {len(data.names):,} images, classes {', '.join(data.classes)}; groups by "
+              f"{data.grouped_by}: {counts_line(data)}; no group is in two parts")
+        print("\n".join([*notes, protocol(args)]), flush=True)
         write_split(data, os.path.join(args.output_dir, "split.csv"))
 
     # ---- models ----
@@ -348,7 +373,8 @@ def main(args):
 
     # ---- report ----
     measured = None if data.measured is None else data.measured[data.test]
-    found = compare_masks(rows, data.groups[data.test], data.classes, "pixels" if data.mm is None else "mm", args.seed, measured)
+    unit = "pixels" if data.mm is None else "mm"
+    found = compare_masks(rows, data.groups[data.test], data.classes, unit, args.seed, measured)
     if measured is not None:
         found["own masks"] = own_circumference(data)
     found.update(phantom=args.data is None, chosen=chosen, files=files_of(infos, data), copies=find_copies(data),
@@ -360,20 +386,23 @@ def main(args):
                 print(f"{name}, {file['path']}: {file['pretraining set']}")
     print(found["copies"]["sentence"])
     for name, runs in chosen.items():
-        print(f"{name}, on validation: " + "; ".join(f"Dice {run['validation Dice']:.3f}, step {run['step']}" for run in runs))
+        print(f"{name}, on validation: "
+              + "; ".join(f"Dice {run['validation Dice']:.3f}, step {run['step']}" for run in runs))
     print(f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
           f"({runs_text(found)}; files times splits times seeds) [95 % interval over groups]\n")
     measures = [] if measured is None else [
         *circumference_table(found), f"the test set's own masks: {found['own masks']}", ""]
-    print("\n".join([*table(found), "", *measures, *mask_class_table(found), "", few_groups(found) + detectable_sentence(found)]))
+    print("\n".join([*table(found), "", *measures, *mask_class_table(found), "",
+                     few_groups(found) + detectable_sentence(found)]))
     if args.data is None:
         print(f"\n{PHANTOMS.strip()}")
     found["methods"] = methods_text(found, data, draws, args)
-    write_overlays(rows, folders, data, args)
+    write_json(json_path, SCRIPT, args, device, found)
     if args.latex:
         write_text(args.latex, latex(found, found["methods"], SCRIPT, PHANTOMS if args.data is None else ""))
-    write_json(json_path, SCRIPT, args, device, found)
-    print(f"\nwrote {json_path}, overlay-*.png, masks/ and split.csv beside it" + (f", {args.latex}" if args.latex else ""))
+    write_overlays(rows, folders, data, args)
+    print(f"\nwrote {json_path}, overlay-*.png, masks/ and split.csv beside it"
+          + (f", {args.latex}" if args.latex else ""))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ DRAWS = 100  # of splits, at most, until every class reaches all of them
 ImageList = namedtuple("ImageList", "paths names groups grouped_by closed")
 
 
-def list_images(sources, exclude=(), group_regex=None):
-    """Files of recursive folders, text lists (a path per line), CSVs (`image[,label][,group]`) or single files; one
+def list_images(sources, exclude=(), group_regex=None, more=()):
+    """Files of recursive folders (images, DICOM and suffixes in `more`), text lists (a path per line), CSVs (`image[,label][,group]`) or single files; one
     source or a list of them.
 
     A group is a patient, an examination or a clip: the CSV's `group` column, else the first capture of
@@ -46,8 +46,8 @@ def list_images(sources, exclude=(), group_regex=None):
     for source, prefix in zip(sources, _prefixes(sources)):
         folder = _is_folder(source)
         if folder:
-            rows = ((name, None) for name in walk(source, closed))
-        elif source.lower().endswith(IMAGE_SUFFIXES) or is_dicom_file(source):
+            rows = ((name, None) for name in walk(source, closed, IMAGE_SUFFIXES + dicom.SUFFIXES + more))
+        elif source.lower().endswith(IMAGE_SUFFIXES + more) or is_dicom_file(source):
             rows = [(os.path.basename(source), None)]
         else:
             rows = _read_list(source)

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from metrics import dice, iou
+from metrics import MASK_SCORES, dice, iou
 from report import (COLUMN, FLIPS, REPLICATES, cell, decimals, differences, number, row, scores_of, shorten,
                     three)
 from stats import (class_mean_replicates, group_weights, limits_of_agreement, mean_replicates, pooled_replicates,
                    sign_flip_class_means, sign_flip_means, sign_flip_pooled)
 
-PRIMARY = "Dice"  # what steps are chosen by
-PER_IMAGE = ("Dice", "IoU", "HD95", "surface Dice")
+PRIMARY = "Dice"  # what comes first; steps are chosen by the pooled one
+OVERLAPS = ("Dice", "IoU")  # the background has these, too
 POOLED = {"pooled Dice": (dice, 1), "pooled IoU": (iou, 1),  # of counts, from this class on
           "pooled Dice with background": (dice, 0), "pooled IoU with background": (iou, 0)}
 CIRCUMFERENCE = "circumference error [mm]"
@@ -20,11 +20,11 @@ def compare_masks(models, groups, classes, unit, seed, measured=None, tests=True
     report.compare, for `table`, `latex` and JSON.
 
     models {name: {"counts": int64 (S, n, K, 3) pixels in both, in the truth, in the prediction; "values": {score of
-    PER_IMAGE: (S, n, K), nan where the truth lacks the class}; "circumference": (S, n) mm, nan without an ellipse}},
+    MASK_SCORES: (S, n, K), nan where the truth lacks the class}; "circumference": (S, n) mm, nan without an ellipse}},
     the last only where the heads were measured: measured (n,) mm. unit: of HD95, "mm" or "pixels".
 
     Scores are means over foreground classes: of each class's mean over the images that have it, or, pooled, of its
-    score of all pixels together, also with the background as one more class. A circumference that could not be told is
+    score of all pixels together; overlaps also with the background as one more class. A circumference that could not be told is
     off by all that was measured. Intervals and tests as in report.compare.
     """
     groups = np.unique(groups, return_inverse=True)[1]
@@ -60,7 +60,9 @@ def runs_of(model):
 def replicates_of(model, unit, measured, groups, weights):
     """{score: (1 + R,)}, the estimate first."""
     found = {with_unit(score, unit): class_mean_replicates(model["values"][score][..., 1:], groups, weights)
-             for score in PER_IMAGE}
+             for score in MASK_SCORES}
+    for score in OVERLAPS:
+        found[f"{score} with background"] = class_mean_replicates(model["values"][score], groups, weights)
     for name, (score, first) in POOLED.items():
         found[name] = pooled_replicates(model["counts"][:, :, first:], groups, weights, score)
     if measured is not None:
@@ -71,7 +73,10 @@ def replicates_of(model, unit, measured, groups, weights):
 def tests_of(a, b, unit, measured, groups, seed):
     """{score: two-sided p that models a and b score alike}."""
     found = {with_unit(score, unit): sign_flip_class_means(a["values"][score][..., 1:], b["values"][score][..., 1:],
-                                                           groups, seed, FLIPS) for score in PER_IMAGE}
+                                                           groups, seed, FLIPS) for score in MASK_SCORES}
+    for score in OVERLAPS:
+        found[f"{score} with background"] = sign_flip_class_means(a["values"][score], b["values"][score], groups, seed,
+                                                                  FLIPS)
     for name, (score, first) in POOLED.items():
         found[name] = sign_flip_pooled(a["counts"][:, :, first:], b["counts"][:, :, first:], groups, seed, FLIPS, score)
     if measured is not None:
@@ -88,7 +93,7 @@ def class_scores(model, classes, unit):
     counts, found = model["counts"], {}
     for k, label in enumerate(classes):
         present = counts[0, :, k, 1] > 0  # (n,)
-        means = {with_unit(score, unit): known_mean(model["values"][score][..., k]) for score in PER_IMAGE}
+        means = {with_unit(score, unit): known_mean(model["values"][score][..., k]) for score in MASK_SCORES}
         found[label] = {**means, "pooled Dice": known_mean(dice(counts[:, :, k].sum(1))), "images": int(present.sum()),
                         "false alarms": known_mean(np.float64(counts[:, ~present, k, 2] > 0))}
     return found

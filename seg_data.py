@@ -22,17 +22,16 @@ from features import Images
 from images import Frame
 from kernels import all_reduce
 from masks import MaskedSet, classes_present, read_mask, read_masked, read_masked_image, split_masked
-from metrics import head_circumference, mask_scores
+from metrics import MASK_SCORES, head_circumference, mask_scores
 from runtime import rename_aside
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 3_000_000, 600, 64  # none of the other stages' phantoms
 SHOTS, SHOT_DRAWS = 5, 1000  # stream of data.philox; draws of a few-shot set until it holds every class
-VALUES = ("Dice", "IoU", "HD95", "surface Dice")  # of an image and class
 
-# of n images: names, groups; indices of the parts; images: features.Images; masks: uint8 (n, S, S), squashed as images are;
+# of n images: names, groups; indices of the parts; images: features.Images; masks: uint8 (n, S, S), squashed likewise;
 # truth(i), grey(i): at the image's own size; mm: (n, 2), or None where not all are known; measured: (n,) mm, or None
-Data = collections.namedtuple("Data", "names classes groups grouped_by train val test images masks truth grey mm measured "
-                                      "layout")
+Data = collections.namedtuple("Data", "names classes groups grouped_by train val test images masks truth grey mm "
+                                      "measured layout")
 
 
 # ---------------------------------------------------------------- images, masks, parts
@@ -42,8 +41,8 @@ def open_data(args):
     if args.data is None:
         canvases, drawn, groups = phantom.phantom_masks(PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED)
         n = len(canvases)
-        found = MaskedSet(paths=None, names=[f"phantom {i}" for i in range(n)], masks=None, groups=list(map(str, groups)),
-                          splits=None, classes=list(phantom.STRUCTURES), values=None, mm=np.full((n, 2), np.nan),
+        found = MaskedSet(paths=None, names=[f"phantom {i}" for i in range(n)], masks=None,
+                          groups=list(map(str, groups)), splits=None, classes=list(phantom.STRUCTURES), values=None, mm=np.full((n, 2), np.nan),
                           circumference=None, grouped_by="phantom patient", layout="phantoms")
         frame, truth = (lambda i: Frame(canvases[i], canvases[i])), (lambda i: drawn[i])
         present = np.stack([(drawn == k).any((1, 2)) for k in range(len(found.classes))], 1)
@@ -54,16 +53,24 @@ def open_data(args):
         present = classes_present(found)
     splits, notes = split_masked(found, present, args.test_seed, args.val_fraction, args.test_fraction)
     parts = [np.flatnonzero(np.array(splits) == part) for part in ("train", "val", "test")]
-    if not present[parts[1], 1:].any():
-        raise ValueError("no validation image shows a structure: there is nothing to choose the best step by")
+    for part, own in zip(("validation", "test"), parts[1:]):
+        if not present[own, 1:].any():
+            raise ValueError(f"no {part} image shows anything but background: give other parts by --split, or another "
+                             f"--test_seed")
     owners = {}
     for name in found.names:  # their masks are written
         if owners.setdefault(mask_name(name), name) != name:
-            raise ValueError(f"{owners[mask_name(name)]} and {name} differ in suffix only: their masks would be one file")
-    mm = None if np.isnan(found.mm).any() else found.mm
+            raise ValueError(f"{owners[mask_name(name)]} and {name} differ in suffix only: their masks would be one "
+                             f"file; rename one")
+    unknown = np.isnan(found.mm[parts[2]]).any(1)
+    if unknown.any() and not unknown.all():
+        notes = [*notes, f"{unknown.sum():,} of {len(unknown):,} test images have no pixel size: distances are in "
+                         f"pixels"]
+    mm = None if unknown.any() else found.mm
+    heads = mm is not None and len(found.classes) == 2  # the one structure is what was measured
     data = Data(found.names, list(found.classes), np.array(found.groups), found.grouped_by, *parts,
                 Images(len(found.names), frame), squash(truth, len(found.names), args.img_size), truth,
-                lambda i: frame(i).grey, mm, None if mm is None else found.circumference, found.layout)
+                lambda i: frame(i).grey, mm, found.circumference if heads else None, found.layout)
     return data, notes, present
 
 
@@ -103,7 +110,8 @@ def draw_shots(data, present, shots, by, seed):
 
 def class_shares(data):
     """(K,): share of the train pixels that each class has."""
-    return np.bincount(data.masks[data.train].ravel(), minlength=len(data.classes)) / data.masks[data.train].size
+    counts = sum(np.bincount(data.masks[i].ravel(), minlength=len(data.classes)) for i in data.train)
+    return counts / counts.sum()
 
 
 def digest_of(data, canvases):
@@ -117,7 +125,7 @@ def digest_of(data, canvases):
 
 def digest_of_scores(data, tolerance):
     """Of what scores depend on beside the masks: a run that was scored otherwise is scored again."""
-    texts = [None if x is None else x[data.test].tolist() for x in (data.mm, data.measured)] + [tolerance]
+    texts = [None if x is None else x[data.test].tolist() for x in (data.mm, data.measured)] + [tolerance, data.classes]
     return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
@@ -141,16 +149,15 @@ def counts_line(data):
 
 def empty_scores(data):
     n, K = len(data.test), len(data.classes)
-    scores = {"counts": np.zeros((n, K, 3), np.int64), **{name: np.zeros((n, K)) for name in VALUES}}
+    scores = {"counts": np.zeros((n, K, 3), np.int64), **{name: np.zeros((n, K)) for name in MASK_SCORES}}
     return scores if data.measured is None else {**scores, "circumference": np.zeros(n)}
 
 
-def score(scores, row, mask, data, tolerance):
+def score(scores, row, truth, mask, data, tolerance):
     """Fill in what the mask of test image `row`, at its own size, is worth."""
-    i = data.test[row]
-    mm = None if data.mm is None else tuple(data.mm[i])
-    scores["counts"][row], values = mask_scores(data.truth(i), mask, len(data.classes), mm, tolerance)
-    for name in VALUES:
+    mm = None if data.mm is None else tuple(data.mm[data.test[row]])
+    scores["counts"][row], values = mask_scores(truth, mask, len(data.classes), mm, tolerance)
+    for name in MASK_SCORES:
         scores[name][row] = values[name]
     if data.measured is not None:
         scores["circumference"][row] = head_circumference(mask == 1, mm)
@@ -163,9 +170,10 @@ def score_network(network, data, canvases, stats, args, folder, device, rank, wo
 
     def finish(row, logits):
         i = data.test[row]
-        mask = segmenter.at_own_size(logits, *data.truth(i).shape)
+        truth = data.truth(i)
+        mask = segmenter.at_own_size(logits, *truth.shape)
         write_mask(mask_path(folder, data.names[i]), mask, data.classes)
-        score(scores, row, mask, data, args.tolerance)
+        score(scores, row, truth, mask, data, args.tolerance)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
         for start in range(0, len(own), args.eval_batch_size):
@@ -184,13 +192,15 @@ def score_files(read, data, args):
     """Scores of anyone's masks: read(row) -> uint8 (h, w) of a test image."""
     scores = empty_scores(data)
     with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
-        list(pool.map(lambda row: score(scores, row, read(row), data, args.tolerance), range(len(data.test))))
+        list(pool.map(lambda row: score(scores, row, data.truth(data.test[row]), read(row), data, args.tolerance),
+                      range(len(data.test))))
     return {name: torch.from_numpy(values) for name, values in scores.items()}
 
 
 def own_circumference(data):
     """How far the test set's own masks are from the circumferences measured by hand, in words."""
-    found = [head_circumference(data.truth(i) == 1, tuple(data.mm[i])) for i in data.test]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+        found = list(pool.map(lambda i: head_circumference(data.truth(i) == 1, tuple(data.mm[i])), data.test))
     errors = np.array(found) - data.measured[data.test]
     return f"bias {np.nanmean(errors):+.2f} mm, mean absolute error {np.nanmean(np.abs(errors)):.2f} mm"
 
@@ -198,4 +208,4 @@ def own_circumference(data):
 def stack(runs):
     """Scores of several runs -> what compare_masks takes."""
     found = {name: np.stack([run[name].numpy() for run in runs]) for name in runs[0]}
-    return {"values": {name: found.pop(name) for name in VALUES}, **found}
+    return {"values": {name: found.pop(name) for name in MASK_SCORES}, **found}

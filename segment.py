@@ -32,9 +32,11 @@ import segmenter
 from exchange import mask_name, write_mask
 from images import Frame, count_frames, read_frames, resize_square
 from lists import list_images
+from mask_codes import META_SUFFIXES, read_whole
 from weights import file_digest
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 4_000_000, 60, 64  # none that finetune_seg.py trains on
+DEFAULTS = "seg/last-seed0.pt", "seg/from_scratch-seed0.pt"
 READERS, WRITERS = 8, 4  # threads: decoding and compressing leave Python's lock
 PART, MOST_FILES = 8, 256  # frames that are read of a file before it is the next one's turn; files open at once
 
@@ -43,7 +45,8 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--ckpt", default="seg/last-seed0.pt", help="of a finished run of finetune_seg.py")
+    add("--ckpt", help="of a finished run of finetune_seg.py; default: what it leaves where it is given none, "
+        + " or ".join(DEFAULTS))
     add("--data", help="folder, list or file of images; without it phantoms")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match")
     add("--output_dir", default="masks", help="of the masks: a new folder, or the same command's of an earlier day")
@@ -64,9 +67,14 @@ def open_images(args):
     if args.data is None:
         canvases, _, _ = phantom.phantom_masks(PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED)
         return [f"phantom_{i:02d}" for i in range(PHANTOM_IMAGES)], lambda i, _: [Frame(canvases[i], canvases[i])], []
-    found = list_images(args.data, args.exclude)
+    found = list_images(args.data, args.exclude, more=META_SUFFIXES)
     check_names(found.names, found.paths)
-    return found.names, lambda i, first: read_frames(found.paths[i], first), found.closed
+
+    def load(i, first):
+        path = found.paths[i]
+        return [read_whole(path)][first:] if path.lower().endswith(META_SUFFIXES) else read_frames(path, first)
+
+    return found.names, load, found.closed
 
 
 def check_names(names, paths):
@@ -130,7 +138,7 @@ def read_part(frames, size):
     part = []
     try:
         for frame in itertools.islice(frames, PART):
-            part.append((frame.grey.shape, resize_square(frame.grey, size)))
+            part.append((frame.whole.shape, resize_square(frame.whole, size)))  # as masks.py: masks fit the screen
     except UnidentifiedImageError:
         return part, "not an image, or cut off in its first bytes"
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
@@ -187,6 +195,7 @@ def make_batches(parts, names, folder, size, count, skipped, bar):
 
 def main(args):
     # ---- setup ----
+    args.ckpt = args.ckpt or next(filter(os.path.exists, DEFAULTS), DEFAULTS[0])
     if not os.path.exists(args.ckpt):
         raise ValueError(f"{args.ckpt}: no such file; a run of finetune_seg.py leaves one, to be named by --ckpt")
     device, received = torch.device("cuda" if torch.cuda.is_available() else "cpu"), runtime.stop_on_signals()

@@ -36,8 +36,8 @@ def build(backbone, how, shares, frozen, seed, layer_decay, device):
 
     shares (K,): of the train pixels, what each class has; the decoder starts from them (Lin et al. 2017, section 3.3).
     Else the first hundreds of steps only learn that most pixels are background, and switch features off for it.
-    A layer decay of 1, for what starts from scratch, means one rate for all; else the patch embedding has a fifth of its
-    layer's, as in DINOv2. A frozen backbone is in no group.
+    A layer decay of 1, for what starts from scratch, means one rate for all; else the patch embedding has a fifth of
+    its layer's, as in DINOv2. A frozen backbone is in no group.
     """
     torch.manual_seed(seed)
     network = Segmenter(backbone, make_decoder(how, backbone.embed_dim, len(shares)), frozen).to(device).train()
@@ -55,7 +55,7 @@ def open_segmenter(path, device):
     saved = load_checkpoint(path)
     if not {"decoder", "classes", "config", "head"} <= saved.keys():
         raise ValueError(f"{path}: no finished run of finetune_seg.py: it has no decoder")
-    if saved["config"] is None:
+    if "timm" in saved["config"]:
         raise ValueError(f"{path}: its backbone is timm's, which this command cannot build")
     backbone = VisionTransformer(**{**saved["config"], "in_chans": 1, "drop_path_rate": 0.0})
     network = Segmenter(backbone, make_decoder(saved["decoder"], backbone.embed_dim, len(saved["classes"])))
@@ -66,10 +66,10 @@ def open_segmenter(path, device):
 # ---------------------------------------------------------------- loss and schedule
 
 def segmentation_loss(logits, masks, dice_weight):
-    """Cross-entropy plus dice_weight times Dice loss, each per image: logits (b, K, h, w), masks int64 (b, h, w) -> (b,).
+    """Cross-entropy plus dice_weight times Dice loss of each image: logits (b, K, h, w), masks int64 (b, h, w) -> (b,).
 
-    The Dice is mmseg's default, V-Net's form (Milletari et al. 2016, equation 3) over sigmoid probabilities, classes and
-    pixels of an image in one sum: 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)).
+    The Dice is mmseg's default, V-Net's form (Milletari et al. 2016, equation 3) over sigmoid probabilities, classes
+    and pixels of an image in one sum: 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)).
     """
     ce = F.cross_entropy(logits, masks, reduction="none").mean((1, 2))  # (b,)
     if not dice_weight:
@@ -89,8 +89,8 @@ def learning_rates(lr, steps, warmup_steps):
 # ---------------------------------------------------------------- one step
 
 def batches(groups, seed, steps, batch):
-    """Yield which train images the whole batch of each of `steps`, a range, holds (batch,): epochs in a random order one
-    after the other, without a break, so that a batch may be larger than the train set."""
+    """Yield which train images the whole batch of each of `steps`, a range, holds (batch,): epochs in a random order
+    one after the other, without a break, so that a batch may be larger than the train set."""
     orders = {}
     for step in steps:
         places = np.arange(step * batch, (step + 1) * batch)
@@ -161,13 +161,14 @@ def at_own_size(logits, height, width):
     return logits.argmax(0).to(torch.uint8).cpu().numpy()
 
 
-def validate(network, canvases, masks, n_classes, stats, batch_size, device, dtype, rank=0, world_size=1):
-    """Pooled Dice, mean over the foreground classes that occur, at the canvases' size: uint8 (n, S, S) twice -> float.
+def validate(network, canvases, masks, images, n_classes, stats, batch_size, device, dtype, rank=0, world_size=1):
+    """Pooled Dice of `images`, indices into canvases and masks uint8 (n, S, S), at their size: the mean over the
+    foreground classes that the masks show, so that a class which validation lacks does not choose the step.
 
     Each process looks at its share of the images.
     """
     network.eval()
-    own = np.array_split(np.arange(len(canvases)), world_size)[rank]
+    own = np.array_split(images, world_size)[rank]
     table = torch.zeros(n_classes * n_classes, dtype=torch.int64, device=device)  # truth x prediction
     for start in range(0, len(own), batch_size):
         part = own[start:start + batch_size]
@@ -177,4 +178,4 @@ def validate(network, canvases, masks, n_classes, stats, batch_size, device, dty
     network.train()
     table = all_reduce(table).view(n_classes, n_classes).cpu().numpy()
     counts = np.stack((table.diagonal(), table.sum(1), table.sum(0)), 1)  # (K, 3)
-    return float(np.nanmean(dice(counts[1:])))
+    return float(dice(counts[1:][counts[1:, 1] > 0]).mean())

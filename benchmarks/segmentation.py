@@ -25,11 +25,12 @@ from comparison import made
 from record import ROOT, record
 
 SEEDS = 3
-COMMON = ["--preset", "cpu", "--img_size", "80", "--channels", "32", "--val_every", "50"]
+COMMON = ["--preset", "cpu", "--img_size", "80", "--channels", "32", "--lr", "0.001", "--val_every", "50"]
+LINEAR, FEW = ["--frozen", "--decoder", "linear", "--lr", "0.01"], ["--shots", "20", "--split_seed", "0", "1", "2"]
 PROTOCOLS = {"upernet": ["--iters", "250", "--warmup_iters", "25"],
-             "linear": ["--iters", "250", "--warmup_iters", "25", "--frozen", "--decoder", "linear", "--lr", "0.01"],
-             "upernet_20": ["--iters", "150", "--warmup_iters", "15", "--shots", "20"],
-             "linear_20": ["--iters", "150", "--warmup_iters", "15", "--shots", "20", "--frozen", "--decoder", "linear", "--lr", "0.01"]}
+             "linear": ["--iters", "250", "--warmup_iters", "25", *LINEAR],
+             "upernet_20": ["--iters", "150", "--warmup_iters", "15", *FEW],
+             "linear_20": ["--iters", "150", "--warmup_iters", "15", *FEW, *LINEAR]}
 
 
 def hold_out_heads(images, path, share=0.3):

@@ -17,8 +17,10 @@ from PIL import Image
 
 import fewshot
 import finetune_cls
+import finetune_seg
 import pack
 import pretrain
+import segment
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -58,7 +60,8 @@ def test_readme_commands_parse(line):
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     parse = {"pretrain.py": pretrain.get_args, "fewshot.py": fewshot.get_args, "pack.py": pack.get_args,
-             "finetune_cls.py": finetune_cls.get_args}
+             "finetune_cls.py": finetune_cls.get_args, "finetune_seg.py": finetune_seg.get_args,
+             "segment.py": segment.get_args}
     parse[words[script]](words[script + 1:])
 
 
@@ -152,3 +155,8 @@ def test_flagless_runs(checkout):
     assert "1 shot" in run("python fewshot.py", checkout)
     out = run("python finetune_cls.py", checkout, timeout=600)
     assert "last minus ..." in out and "from scratch" in out and "smoke test" in out
+    out = run("python finetune_seg.py", checkout, timeout=600)
+    assert "last minus ..." in out and "from scratch" in out and "smoke test" in out
+    report = json.loads((checkout / "seg" / "finetune_seg.json").read_text())
+    assert all(model["scores"]["pooled Dice"]["estimate"] > 0.3 for model in report["models"].values())
+    assert "60 images" in run("python segment.py", checkout)

@@ -16,6 +16,7 @@ from metrics import dice, iou
 K, CLASSES, N = 3, ["background", "head", "stomach"], 12
 PER_IMAGE, POOLED = ("Dice", "IoU", "HD95 [mm]", "surface Dice"), ("pooled Dice", "pooled IoU")
 WITH = ("pooled Dice with background", "pooled IoU with background")
+WHOLE = ("Dice with background", "IoU with background")
 GROUPS = np.array(list("ccaabbddeefc"))  # six, one of three images, one of one
 MEASURED = np.r_[np.linspace(150, 350, N - 1), np.nan]
 
@@ -70,10 +71,10 @@ def found():
 
 # ---------------------------------------------------------------- numbers
 
-def class_mean(values, weights):
-    """Mean over foreground classes of the weighted mean over images that have each; values (n, K), weights (n,)."""
+def class_mean(values, weights, first=1):
+    """Mean over classes from `first` on of the weighted mean over images that have each; values (n, K), weights (n,)."""
     means = []
-    for k in range(1, K):
+    for k in range(first, K):
         total = weight = 0.0
         for value, w in zip(values[:, k], weights):
             if not np.isnan(value):
@@ -105,6 +106,7 @@ def errors_of(own):
 def scores_of_run(own, s, weights):
     """Every score of one run, each image counted weights (n,) times, by loops."""
     found = {name: class_mean(own["values"][name.removesuffix(" [mm]")][s], weights) for name in PER_IMAGE}
+    found.update({name: class_mean(own["values"][name.split()[0]][s], weights, 0) for name in WHOLE})
     for name, first in zip(POOLED + WITH, (1, 1, 0, 0)):
         found[name] = pooled(own["counts"][s], weights, name.split()[1], first)
     error = errors_of(own)[s]
@@ -127,7 +129,7 @@ def test_scores_and_intervals_are_those_of_loops(found):
     for name, own in models().items():
         told = found["models"][name]
         assert told["runs"] == len(own["counts"])
-        assert set(told["scores"]) == {*PER_IMAGE, *POOLED, *WITH, CIRCUMFERENCE}
+        assert set(told["scores"]) == {*PER_IMAGE, *WHOLE, *POOLED, *WITH, CIRCUMFERENCE}
         for score, value in told["scores"].items():
             replicates = np.array([row[score] for row in expected[name]])
             bounds = np.percentile(replicates[1:], [2.5, 97.5])

@@ -184,7 +184,7 @@ def test_a_clip_goes_on_after_its_last_mask(ckpt, clips, tmp_path, monkeypatch):
 def test_a_clip_that_breaks_off(ckpt, tmp_path, monkeypatch):
     """What comes before the break has masks; the rest is listed, as often as the command is given."""
     def load(i, first):
-        yield from (Frame(speckle(number), None) for number in range(first, (5, 1)[i]))
+        yield from (Frame(speckle(number), speckle(number)) for number in range(first, (5, 1)[i]))
         raise OSError("cut off")
 
     monkeypatch.setattr(segment, "open_images", lambda args: (["a.tif", "b.tif"], load, []))
@@ -258,7 +258,7 @@ def test_readers_wait_for_whoever_takes():
             time.sleep(0.0005 * (i % 3))
             with lock:
                 read.append((i, number))
-            yield Frame(np.full((4, 5), number, np.uint8), None)
+            yield Frame(None, np.full((4, 5), number, np.uint8))
 
     def take(ahead, pause):
         read.clear()
@@ -383,7 +383,7 @@ def test_wrong_checkpoints(ckpt, folder, tmp_path):
     bad = {"pretrained.pt": (save_backbone, {}, "no finished run of finetune_seg.py"),
            "classes.pt": (save_backbone, dict(classes=["a", "b"], head={}), "no finished run of finetune_seg.py"),
            "unfinished.pt": (runtime.save_checkpoint, dict(state, best={}, network={}), "no finished run"),
-           "timm.pt": (runtime.save_checkpoint, dict(saved, config=None), "backbone is timm's"),
+           "timm.pt": (runtime.save_checkpoint, dict(saved, config=dict(timm="x", in_chans=3, embed_dim=8)), "backbone is timm's"),
            "other.pt": (runtime.save_checkpoint, dict(saved, head={}), "does not fit this model: missing decoder")}
     for name, (write, content, sentence) in bad.items():
         if write is save_backbone:
@@ -451,7 +451,7 @@ def test_progress_counts_files(tmp_path):
     count, names, missed = {"there": 0}, [f"{i}.tif" for i in range(5)], []
     (tmp_path / "3.png").write_bytes(b"")
     parts = segment.read_ahead(segment.unfinished(names, str(tmp_path), count, bar), lambda i, first: [
-        Frame(speckle(number), None) for number in range(first, lengths[i])], 4, 3)
+        Frame(speckle(number), speckle(number)) for number in range(first, lengths[i])], 4, 3)
     batches = list(segment.make_batches(parts, names, str(tmp_path), 6, count, missed, bar))
     assert bar.n == 5 and count["there"] == 1 and missed == [("2.tif", "holds no frame")]
     assert [len(batch) for batch in batches] == [6, 6, 6, 4]
