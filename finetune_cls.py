@@ -12,8 +12,6 @@ FETAL_PLANES_DB; linear probe and k-NN after DINOv2's evaluation.
 
 import argparse
 import collections
-import csv
-import filecmp
 import hashlib
 import os
 import shlex
@@ -38,9 +36,9 @@ from lists import LabelledSet, check_splits, read_labelled, split_groups
 from model import SIZES
 from plots import confusion_png
 from probes import knn, linear_grid, validation_f1
-from report import (STATISTICS, by_column, by_table, check_output, class_table, compare, count, detectable_sentence,
-                    few_groups, files_of, find_copies, latex, runs_text, slug, table, write_json, write_predictions,
-                    write_text)
+from report import (STATISTICS, by_column, by_table, check_output, class_table, compare, count, counts_line,
+                    detectable_sentence, few_groups, files_of, find_copies, latex, runs_text, slug, table, write_json,
+                    write_predictions, write_split, write_text)
 from weights import merge_seen
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 2_000_000, 1200, 64  # none of pretraining's phantoms, nor of fewshot.py's
@@ -155,24 +153,6 @@ def digest_of(data, canvases):
     for array in (data.labels, np.unique(data.groups, return_inverse=True)[1], data.train, data.val, data.test):
         digest.update(np.ascontiguousarray(array, np.int64))
     return digest.hexdigest()
-
-
-def write_split(data, path):
-    """CSV image,label,group,split: for whoever wants to train another model on the same parts."""
-    parts = {i: part for part in ("train", "val", "test") for i in getattr(data, part)}
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "label", "group", "split"])
-        writer.writerows([name, data.classes[label], group, parts[i]]
-                         for i, (name, label, group) in enumerate(zip(data.names, data.labels, data.groups)))
-    if os.path.exists(path) and not filecmp.cmp(f"{path}.tmp", path, shallow=False):
-        print(f"{path} is another split: kept as {runtime.rename_aside(path)}")
-    os.replace(f"{path}.tmp", path)
-
-
-def counts_line(data):
-    return ", ".join(f"{part} {len(own):,} images of {len(np.unique(data.groups[own])):,} groups"
-                     for part, own in (("train", data.train), ("validation", data.val), ("test", data.test)))
 
 
 # ---------------------------------------------------------------- one model
@@ -371,7 +351,8 @@ def main(args):
         runtime.show_run(args, device, world_size)
         print("\n".join([f"{len(data.names):,} images, {len(data.classes)} classes, groups by {data.grouped_by}: "
                          f"{counts_line(data)}; no group is in two parts", *notes, protocol(args)]), flush=True)
-        write_split(data, os.path.join(args.output_dir, "split.csv"))
+        columns = {"image": data.names, "label": [data.classes[label] for label in data.labels], "group": data.groups}
+        write_split(os.path.join(args.output_dir, "split.csv"), columns, data)
 
     # ---- models ----
     found = run_models(models, like, data, args, device, rank, world_size, received)

@@ -31,10 +31,10 @@ from kernels import all_reduce
 from mask_report import circumference_table, compare_masks, mask_class_table
 from model import SIZES
 from plots import best_median_worst, overlay_png
-from report import (STATISTICS, check_output, count, detectable_sentence, few_groups, files_of, find_copies,
-                    latex, runs_text, slug, table, write_json, write_text)
-from seg_data import (PHANTOM_SIZE, class_shares, counts_line, digest_of, digest_of_scores, draw_shots, mask_path,
-                      open_data, own_circumference, score_files, score_network, stack, write_split)
+from report import (STATISTICS, check_output, count, counts_line, detectable_sentence, few_groups, files_of, find_copies,
+                    latex, runs_text, slug, table, write_json, write_split, write_text)
+from seg_data import (PHANTOM_SIZE, class_shares, digest_of, digest_of_scores, draw_shots, mask_path, open_data,
+                      own_circumference, score_files, score_network, stack)
 from weights import merge_seen
 
 SCRIPT = "finetune_seg.py"
@@ -357,7 +357,7 @@ def main(args):
         print(f"{data.layout}: {len(data.names):,} images, classes {', '.join(data.classes)}; groups by "
               f"{data.grouped_by}: {counts_line(data)}; no group is in two parts")
         print("\n".join([*notes, protocol(args)]), flush=True)
-        write_split(data, os.path.join(args.output_dir, "split.csv"))
+        write_split(os.path.join(args.output_dir, "split.csv"), {"image": data.names, "group": data.groups}, data)
 
     # ---- models ----
     found = run_models(models, like, data, draws, args, device, rank, world_size, received)

@@ -1,6 +1,7 @@
 """What a comparison of models says, and how: tables with intervals and paired tests, JSON, LaTeX, a methods text."""
 
 import csv
+import filecmp
 import json
 import os
 import re
@@ -302,7 +303,25 @@ STATISTICS = (f"Intervals are 95 % percentile intervals of a cluster bootstrap o
               f"{FLIPS:,} flips), with Holm's correction over the comparisons, for each score apart.")
 
 
+def counts_line(data):
+    return ", ".join(f"{part} {len(own):,} images of {len(np.unique(data.groups[own])):,} groups"
+                     for part, own in (("train", data.train), ("validation", data.val), ("test", data.test)))
+
+
 # ---------------------------------------------------------------- files
+
+def write_split(path, columns, data):
+    """CSV of these columns, {name: values (n,)}, and the part of each image, for whoever wants to train another model on
+    the same parts. Another split that is there is kept under another name."""
+    parts = {i: part for part in ("train", "val", "test") for i in getattr(data, part)}
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, "split"])
+        writer.writerows([*values, parts[i]] for i, values in enumerate(zip(*columns.values())))
+    if os.path.exists(path) and not filecmp.cmp(f"{path}.tmp", path, shallow=False):
+        print(f"{path} is another split: kept as {rename_aside(path)}")
+    os.replace(f"{path}.tmp", path)
+
 
 def check_output(path, flag, script):
     """Fail before the work, not after it: `path` must be writable, and new or an earlier report of this script."""

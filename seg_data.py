@@ -3,8 +3,6 @@ predicted masks at each image's own size."""
 
 import collections
 import concurrent.futures
-import csv
-import filecmp
 import hashlib
 import os
 import sys
@@ -23,7 +21,6 @@ from images import Frame
 from kernels import all_reduce
 from masks import MaskedSet, classes_present, read_mask, read_masked, read_masked_image, split_masked
 from metrics import MASK_SCORES, head_circumference, mask_scores
-from runtime import rename_aside
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 3_000_000, 600, 64  # none of the other stages' phantoms
 SHOTS, SHOT_DRAWS = 5, 1000  # stream of data.philox; draws of a few-shot set until it holds every class
@@ -127,22 +124,6 @@ def digest_of_scores(data, tolerance):
     """Of what scores depend on beside the masks: a run that was scored otherwise is scored again."""
     texts = [None if x is None else x[data.test].tolist() for x in (data.mm, data.measured)] + [tolerance, data.classes]
     return hashlib.sha256(repr(texts).encode()).hexdigest()
-
-
-def write_split(data, path):
-    """CSV image,split,group: for --split, and for whoever wants to train another model on the same parts."""
-    parts = {i: part for part in ("train", "val", "test") for i in getattr(data, part)}
-    rows = [(name, parts[i], group) for i, (name, group) in enumerate(zip(data.names, data.groups)) if i in parts]
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([("image", "split", "group"), *rows])
-    if os.path.exists(path) and not filecmp.cmp(f"{path}.tmp", path, shallow=False):
-        print(f"{path} is another split: kept as {rename_aside(path)}")
-    os.replace(f"{path}.tmp", path)
-
-
-def counts_line(data):
-    return ", ".join(f"{part} {len(own):,} images of {len(np.unique(data.groups[own])):,} groups"
-                     for part, own in (("train", data.train), ("validation", data.val), ("test", data.test)))
 
 
 # ---------------------------------------------------------------- scores

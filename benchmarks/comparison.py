@@ -29,15 +29,21 @@ SEEDS = 3
 PROTOCOLS = {"tune": ["--preset", "cpu", "--epochs", "40"], "linear": ["--linear", "--linear_steps", "3000"], "knn": ["--knn"]}
 
 
+def held_out(images, test):
+    """Of a whole set: absolute paths; which are listed by the CSV `test`, bool (n,); and which others look like one of
+    those (busi holds copies under other names), bool (n,)."""
+    with open(test, newline="") as file:
+        listed = {row["image"] for row in csv.DictReader(file)}
+    paths = list(map(os.path.abspath, images.paths))
+    own, found = np.array([name in listed for name in paths]), Images(len(paths), lambda i: read_image(paths[i]))
+    found.at(8)  # reads them
+    return paths, own, ~own & look_alikes(found.looks, found.looks[own])
+
+
 def write_splits(images, test, path):
     """CSV image,label,group,split of a whole set: what the CSV `test` lists is its test part, the rest its train part but
-    for what looks like a test image (busi holds copies under other names); how many those are."""
-    with open(test, newline="") as file:
-        held_out = {row["image"] for row in csv.DictReader(file)}
-    paths = list(map(os.path.abspath, images.paths))
-    own, found = np.array([name in held_out for name in paths]), Images(len(paths), lambda i: read_image(paths[i]))
-    found.at(8)  # reads them
-    copies = ~own & look_alikes(found.looks, found.looks[own])
+    for what looks like a test image; how many those are."""
+    paths, own, copies = held_out(images, test)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "group", "split"])

@@ -18,10 +18,8 @@ import sys
 
 import numpy as np
 from real_cpu import FLAGS, GROUP, MASKS, hold_out  # first: it puts the project on the path
-from features import Images, read_image
-from leakage import look_alikes
+from comparison import held_out, made
 from lists import list_images, read_labelled
-from comparison import made
 from record import ROOT, record
 
 SEEDS = 3
@@ -47,12 +45,7 @@ def hold_out_heads(images, path, share=0.3):
 def write_split(images, test, path):
     """CSV image,split of a whole set: what the CSV `test` lists is its test part; of the rest, what looks like a test
     image is left out, and a fifth of the groups is for validation. How many were left out."""
-    with open(test, newline="") as file:
-        held_out = {row["image"] for row in csv.DictReader(file)}
-    paths, found = list(map(os.path.abspath, images.paths)), Images(len(images.paths), lambda i: read_image(images.paths[i]))
-    found.at(8)  # reads them
-    own = np.array([name in held_out for name in paths])
-    copies = ~own & look_alikes(found.looks, found.looks[own])
+    _, own, copies = held_out(images, test)
     groups = np.unique(np.array(images.groups)[~own & ~copies])
     val = {*np.random.default_rng(1).permutation(groups)[:round(0.2 * len(groups))]}
     with open(path, "w", newline="") as file:
