@@ -269,7 +269,8 @@ def test_masks_are_called_as_predictions_are_looked_for(name):
 def test_split_file(data, tmp_path):
     data = data[0]
     report.write_split("out.csv", {"image": data.names, "group": data.groups}, data)
-    expected = [f"{row['image']},{row['group']},{row['split']}" for split in ("train", "val", "test") for row in read_rows(tmp_path, split)]
+    expected = [f"{row['image']},{row['group']},{row['split']}" for split in ("train", "val", "test")
+                for row in read_rows(tmp_path, split)]
     lines = (tmp_path / "out.csv").read_text().split()
     assert lines[0] == "image,group,split" and sorted(lines[1:]) == sorted(expected)
     found, *_ = seg_data.open_data(arguments("--split", "out.csv"))
