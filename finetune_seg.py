@@ -31,8 +31,8 @@ from kernels import all_reduce
 from mask_report import circumference_table, compare_masks, mask_class_table
 from model import SIZES
 from plots import best_median_worst, overlay_png
-from report import (STATISTICS, check_output, count, counts_line, detectable_sentence, few_groups, files_of, find_copies,
-                    latex, runs_text, slug, table, write_json, write_split, write_text)
+from report import (STATISTICS, check_output, count, counts_line, detectable_sentence, few_groups, files_of,
+                    find_copies, latex, runs_text, slug, table, write_json, write_split, write_text)
 from seg_data import (PHANTOM_SIZE, class_shares, digest_of, digest_of_scores, draw_shots, mask_path, open_data,
                       own_circumference, score_files, score_network, stack)
 from weights import merge_seen
@@ -247,8 +247,8 @@ def run_models(models, like, data, draws, args, device, rank, world_size, receiv
                         print(f"{model.name}: {info['path']} ({info['family']}), seed {seed}"
                               + (f", split seed {split}" if split is not None else ""), flush=True)
                     path_of_run = os.path.join(args.output_dir, f"{name}.pt")
-                    found = fine_tune(backbone, info, data._replace(train=train), args, seed, path_of_run, folder, device,
-                                      rank, world_size, received)
+                    found = fine_tune(backbone, info, data._replace(train=train), args, seed, path_of_run, folder,
+                                      device, rank, world_size, received)
                     if found is None:
                         return None
                     runs, how = [*runs, found[0]], [*how, found[1]]
@@ -264,8 +264,8 @@ def protocol(args):
         f"UPerNet on four blocks ({'group norm' if args.decoder_norm == 'group' else 'no norm'}, "
         f"{args.channels or 'as many'} channels{'' if args.channels else ' as the backbone'})")
     backbone = "frozen backbone" if args.frozen else (
-        f"whole network trained (layer decay {args.layer_decay:g}, drop path 0 to {args.drop_path_rate:g}; from scratch "
-        f"no layer decay, and LayerScale starts at 1)")
+        f"whole network trained (layer decay {args.layer_decay:g}, drop path 0 to {args.drop_path_rate:g}; from "
+        f"scratch no layer decay, and LayerScale starts at 1)")
     return (f"{decoder}, {backbone}; {args.iters:,} steps of {args.batch_size} images (AdamW, learning rate "
             f"{args.lr:g}, {count(args.warmup_iters, 'step')} of warm-up, then linear to 0; weight decay "
             f"{args.weight_decay:g}; cross-entropy plus {args.dice_weight:g} Dice loss; augmentation "
@@ -285,13 +285,13 @@ def methods_text(found, data, draws, args):
         PHANTOMS if args.data is None else "",
         f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
         f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two "
-        f"parts. ", few, f"{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and padded to a "
-        f"multiple of a model's patch size; masks were scored at each image's own size. ",
+        f"parts. ", few, f"{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and "
+        f"padded to a multiple of a model's patch size; masks were scored at each image's own size. ",
         f"Given were the test masks of {', '.join(given)}. " if given else "",
         f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; "
-        f"{runs_text(found)}. Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are of each "
-        f"image and class that the truth shows, a missing one counting 0, HD95 the image's diagonal; pooled scores are of "
-        f"all pixels together. ",
+        f"{runs_text(found)}. Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are "
+        f"of each image and class that the truth shows, a missing one counting 0, HD95 the image's diagonal; pooled "
+        f"scores are of all pixels together. ",
         circumference_text(found), f"{STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
         f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}."])
 
@@ -306,9 +306,9 @@ def circumference_text(found):
         bias, lower, upper = (own[key]["estimate"] for key in ("bias", "lower", "upper"))
         if bias is not None:
             limits.append(f"{name} {bias:+.1f} [{lower:+.1f}, {upper:+.1f}] mm, {own['no ellipse']:,} without")
-    return (f"Circumferences are of the ellipse fitted to the edge of a mask's largest part; a head without one is off by "
-            f"all that was measured. Bias [limits of agreement], heads without an ellipse: {'; '.join(limits)}. The test "
-            f"set's own masks: {found['own masks']}. ")
+    return (f"Circumferences are of the ellipse fitted to the edge of a mask's largest part; a head without one is off "
+            f"by all that was measured. Bias [limits of agreement], heads without an ellipse: {'; '.join(limits)}. The "
+            f"test set's own masks: {found['own masks']}. ")
 
 
 def write_overlays(rows, folders, data, args):

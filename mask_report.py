@@ -24,8 +24,8 @@ def compare_masks(models, groups, classes, unit, seed, measured=None, tests=True
     the last only where the heads were measured: measured (n,) mm. unit: of HD95, "mm" or "pixels".
 
     Scores are means over foreground classes: of each class's mean over the images that have it, or, pooled, of its
-    score of all pixels together; overlaps also with the background as one more class. A circumference that could not be told is
-    off by all that was measured. Intervals and tests as in report.compare.
+    score of all pixels together; overlaps also with the background as one more class. A circumference that
+    could not be told is off by all that was measured. Intervals and tests as in report.compare.
     """
     groups = np.unique(groups, return_inverse=True)[1]
     n_groups = int(groups.max()) + 1

@@ -39,8 +39,9 @@ def open_data(args):
         canvases, drawn, groups = phantom.phantom_masks(PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED)
         n = len(canvases)
         found = MaskedSet(paths=None, names=[f"phantom {i}" for i in range(n)], masks=None,
-                          groups=list(map(str, groups)), splits=None, classes=list(phantom.STRUCTURES), values=None, mm=np.full((n, 2), np.nan),
-                          circumference=None, grouped_by="phantom patient", layout="phantoms")
+                          groups=list(map(str, groups)), splits=None, classes=list(phantom.STRUCTURES), values=None,
+                          mm=np.full((n, 2), np.nan), circumference=None, grouped_by="phantom patient",
+                          layout="phantoms")
         frame, truth = (lambda i: Frame(canvases[i], canvases[i])), (lambda i: drawn[i])
         present = np.stack([(drawn == k).any((1, 2)) for k in range(len(found.classes))], 1)
     else:
