@@ -7,7 +7,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -419,10 +418,9 @@ def test_two_processes_give_the_table_of_one(folder):
 
 
 @pytest.mark.slow
-def test_without_flags_phantoms_take_less_than_three_minutes(tmp_path):
-    since = time.monotonic()
+def test_without_flags_phantoms_are_learned(tmp_path):
     done = command(tmp_path)
-    assert done.returncode == 0 and time.monotonic() - since < 180, done.stderr
+    assert done.returncode == 0, done.stderr
     assert "phantom images: a smoke test of the code" in done.stdout and "from scratch" in done.stdout
     report = json.loads((tmp_path / "seg" / "finetune_seg.json").read_text())
     assert report["args"]["data"] is None and report["images"] > 100
