@@ -175,7 +175,7 @@ def save_hc18(top, suffix="png", below="training_set"):
     for stem, box in (("000_HC", (10, 8, 60, 50)), ("000_2HC", (-15, 10, 50, 60)), ("012_HC", (20, 20, 55, 48))):
         line, filled = Image.new("L", (80, 70)), Image.new("L", (80, 70))
         ImageDraw.Draw(line).ellipse(box, outline=255, width=2)
-        ImageDraw.Draw(filled).ellipse(box, fill=1)
+        ImageDraw.Draw(filled).ellipse((box[0] + 1, box[1] + 1, box[2] - 1, box[3] - 1), fill=1)  # the line's middle
         save(top / below / f"{stem}.{suffix}", speckle(0, (70, 80)))
         save(top / below / f"{stem}_Annotation.png", line)
         heads[f"{stem}.{suffix}"] = np.array(filled)
