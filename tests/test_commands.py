@@ -158,5 +158,6 @@ def test_flagless_runs(checkout):
     out = run("python finetune_seg.py", checkout, timeout=600)
     assert "last minus ..." in out and "from scratch" in out and "smoke test" in out
     report = json.loads((checkout / "seg" / "finetune_seg.json").read_text())
-    assert all(model["scores"]["pooled Dice"]["estimate"] > 0.3 for model in report["models"].values())
-    assert "60 images" in run("python segment.py", checkout)
+    last, scratch = (report["models"][name]["scores"]["pooled Dice"]["estimate"] for name in ("last", "from scratch"))
+    assert last > scratch + 0.05 and scratch > 0.05, (last, scratch)  # all background: 0
+    assert "60 masks written" in run("python segment.py", checkout)
