@@ -247,7 +247,8 @@ def test_files_of_one_name_are_pooled(folder):
     (("--frozen", "--decoder", "linear"), "a linear head on the last block, frozen backbone", {"classifier"}),
     (("--frozen",), "UPerNet on four blocks (group norm, 8 channels), frozen backbone", {"pyramid", "classifier"}),
     (("--decoder_norm", "none", "--img_size", 20), "UPerNet on four blocks (no norm, 8 channels), whole", {"fusion"}),
-    (("--no-augment", "--img_size", 13), "augmentation off", {"laterals"})], ids=str)
+    (("--no-augment", "--img_size", 13), "augmentation off", {"laterals"})],
+    ids=["linear, frozen", "frozen", "no norm", "odd size"])  # not of the sets: their order is of the process
 def test_each_network_trains_and_opens_again(folder, flags, words, decoder):
     output, report = run(folder, *DATA, "--ckpt", "a.pt", *QUICK, *flags)
     network, saved = segmenter.open_segmenter(str(folder / "seg" / "a-seed0.pt"), CPU)
