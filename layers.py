@@ -100,7 +100,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x, norm, scale):
+    def forward(self, x, norm, scale, routing=None):
         x = F.linear(x, *folded(self.fc1, x.dtype, norm=norm))  # (T, hidden)
         return GeluLinear.apply(x, *folded(self.fc2, x.dtype, scale=scale))  # (T, C)
 
@@ -112,7 +112,7 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * hidden_dim)
         self.w3 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x, norm, scale):
+    def forward(self, x, norm, scale, routing=None):
         gate, value = F.linear(x, *folded(self.w12, x.dtype, norm=norm)).chunk(2, dim=-1)  # (T, hidden) each
         return F.linear(F.silu(gate) * value, *folded(self.w3, x.dtype, scale=scale))
 
@@ -182,14 +182,15 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else None
         self.attend = attention
 
-    def forward(self, x, shapes, drops=(None, None), rope=None):
+    def forward(self, x, shapes, drops=(None, None), rope=None, routing=None):
+        """Packed tokens (T, C) -> the same. routing: what moe.MixtureOfExperts takes in place of `mlp` asks for."""
         y, kept_shapes = keep_images(x, shapes, drops[0])  # (kept tokens, C)
         y = normalize(y, self.norm1)
         y = F.linear(y, *folded(self.attn.qkv, y.dtype, self.norm1, bias_mask=self.attn.bias_mask))  # (kept tokens, 3C)
         y = self.attend(y, kept_shapes, self.attn.num_heads, rope)
         x = add_residual(x, F.linear(y, *folded(self.attn.proj, y.dtype, scale=self.ls1)), drops[0])  # (T, C)
         y, _ = keep_images(x, shapes, drops[1])
-        return add_residual(x, self.mlp(normalize(y, self.norm2), self.norm2, self.ls2), drops[1])
+        return add_residual(x, self.mlp(normalize(y, self.norm2), self.norm2, self.ls2, routing), drops[1])
 
 
 def init_linear(module, std):

@@ -1,4 +1,4 @@
-"""The vision transformer of DINOv2 and DINOv3, its projection head, segmentation decoders, and their learning rates.
+"""The vision transformer of DINOv2 and DINOv3, its projection head, and their learning rates.
 
 State-dict keys, constructor keywords and results are those of facebookresearch/dinov2, so official weights load
 strictly and ours load elsewhere. Differences, all invisible from outside: tokens of every crop size go through the
@@ -6,11 +6,9 @@ linear layers as one packed (T, C) matrix, and drop path gets its random indices
 layers.py; families.py renames the keys of others, DINOv3's among them.
 
 B images, N tokens of an image (cls, registers, patches), T = sum of B * N over crop sizes, C width, H heads,
-D head dim, P patches, K prototypes or, of a decoder, classes; an image is (B, in_chans, h, w), a map of its patches
-(B, C, rows, columns).
+D head dim, P patches, K prototypes; an image is (B, in_chans, h, w), a map of its patches (B, C, rows, columns).
 """
 
-import functools
 import math
 import re
 
@@ -129,14 +127,14 @@ class VisionTransformer(nn.Module):
         tokens = [self.prepare_tokens(x, mask) for x, mask in zip(crops, masks)]
         return torch.cat([x.flatten(0, 1) for x in tokens]), [tuple(x.shape[:2]) for x in tokens]
 
-    def run_blocks(self, packed, shapes, drops, rope):
+    def run_blocks(self, packed, shapes, drops, rope, routing=None):
         """Yield the packed tokens (T, C) after each block in turn."""
         for i, block in enumerate(self.blocks):
             drop = drops[2 * i:2 * i + 2] if drops else (None, None)
             if self.checkpoint_activations and torch.is_grad_enabled():  # nothing random happens in a block
-                packed = checkpoint(block, packed, shapes, drop, rope, use_reentrant=False, preserve_rng_state=False)
+                packed = checkpoint(block, packed, shapes, drop, rope, routing, use_reentrant=False, preserve_rng_state=False)
             else:
-                packed = block(packed, shapes, drop, rope)
+                packed = block(packed, shapes, drop, rope, routing)
             yield packed
 
     def forward_features(self, x, masks=None, drops=None):
@@ -187,16 +185,17 @@ class VisionTransformer(nn.Module):
             block.attend = torch.compiler.disable(attention)  # it stays the kernel it is
             block.compile(dynamic=False, **how)
 
-    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True, drops=None):
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True, drops=None,
+                                routing=None):
         """Patch tokens after the last n blocks (or after the blocks named in the list n), registers left out.
 
         Each (B, P, C), or (B, C, rows, columns) with `reshape`; with `return_class_token` pairs (patches, cls). `drops`
-        as in forward_features.
+        as in forward_features; `routing` as in moe.MixtureOfExperts, for a backbone that has some.
         """
         wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
         packed, shapes = self.pack([x], [None])
         outputs = []
-        for i, packed in enumerate(self.run_blocks(packed, shapes, drops, self.turns([x]))):
+        for i, packed in enumerate(self.run_blocks(packed, shapes, drops, self.turns([x]), routing)):
             if i in wanted:
                 tokens = (self.norm(packed) if norm else packed).view(*shapes[0], self.embed_dim)  # (B, N, C)
                 patches, cls = tokens[:, 1 + self.num_register_tokens:], tokens[:, 0]
@@ -302,171 +301,6 @@ class DINOHead(nn.Module):
 
     def forward(self, x):
         return self.last_layer(self.bottleneck(x))
-
-
-# ---------------------------------------------------------------- segmentation
-
-@functools.lru_cache(maxsize=256)
-def axis_matrix(length, size, pool, dtype, device):
-    """Linear interpolation (align_corners False) or adaptive pooling of `length` places to `size`, as a matrix."""
-    identity = torch.eye(length, dtype=torch.float64)[None]  # channel i is 1 at place i
-    maps = F.adaptive_avg_pool1d(identity, size) if pool else F.interpolate(identity, size=size, mode="linear")
-    return maps[0].T.to(device, dtype).contiguous()  # (size, length)
-
-
-def resize(x, size, pool=False):
-    """Maps (B, C, h, w) -> (B, C, *size), of x's dtype: as F.interpolate does it bilinearly, or with `pool` as adaptive
-    average pooling. As position_matrix, products with fixed matrices: backward is then deterministic on a GPU."""
-    if x.shape[2:] == tuple(size):
-        return x
-    dtype = torch.promote_types(x.dtype, torch.float32)  # whatever autocast says
-    rows, columns = (axis_matrix(length, n, pool, dtype, x.device) for length, n in zip(x.shape[2:], size))
-    with torch.autocast(x.device.type, enabled=False):
-        return (rows @ (x.to(dtype) @ columns.T)).to(x.dtype)
-
-
-def halve(x):
-    """Max pooling 2x2, a last odd row or column by itself. By amax: torch's own backward adds in any order on a GPU."""
-    x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), value=-torch.inf)
-    return x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).amax((3, 5))
-
-
-def group_norm(channels):
-    """Groups of 16 channels, the paper's second choice (Wu and He 2018): 32 groups leave a narrow network's maps of 1x1
-    few numbers each, and of a group of one number nothing is left."""
-    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
-
-
-class ConvReLU(nn.Module):
-    """Convolution that keeps the size, ReLU; with norm="group" a group norm between, and no bias, as in mmseg."""
-
-    def __init__(self, in_dim, dim, kernel_size, norm):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, padding=kernel_size // 2, bias=norm == "none")
-        self.norm = group_norm(dim) if norm == "group" else nn.Identity()
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # mmseg's
-        if norm == "none":
-            nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x):
-        return F.relu(self.norm(self.conv(x)))
-
-
-class PixelClassifier(nn.Conv2d):
-    """1x1 convolution to K logits, in float32 at least: they are resized before they are compared."""
-
-    def __init__(self, dim, n_classes, std=0.01):
-        super().__init__(dim, n_classes, 1)
-        nn.init.normal_(self.weight, std=std)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
-
-
-class Pyramid(nn.Module):
-    """Four maps (B, C, rows, columns) of one grid -> maps of 4, 2, 1 and 1/2 times its sides, as in BEiT.
-
-    The released code has a batch norm over all processes here whatever norm the decoder has; a group norm's statistics
-    depend neither on the batch nor on who shares it.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        self.up4, self.up4_again, self.up2 = (nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(3))
-        self.norm = group_norm(dim)
-        for up in (self.up4, self.up4_again, self.up2):
-            nn.init.normal_(up.weight, std=dim ** -0.5)  # keeps a map's variance; torch's own divides it by 12
-            nn.init.zeros_(up.bias)
-
-    def forward(self, maps):
-        return [self.up4_again(F.gelu(self.norm(self.up4(maps[0])))), self.up2(maps[1]), maps[2], halve(maps[3])]
-
-
-class UPerNet(nn.Module):
-    """Four maps (B, dim, rows, columns) of one grid -> logits (B, K, 4 rows, 4 columns) (Xiao et al. 2018).
-
-    mmseg's UPerHead on a pyramid: pooling of the smallest map, sums from the top down, one convolution over all levels.
-    norm="none" is the decoder that UltraDINO ran, with `channels` = dim; "group" stands for mmseg's usual batch norm.
-    """
-
-    SCALES = (1, 2, 3, 6)  # of pyramid pooling
-
-    def __init__(self, dim, n_classes, channels=None, norm="group", dropout=0.1):
-        super().__init__()
-        if norm not in ("group", "none"):
-            raise ValueError(f"norm is {norm!r}: group, or none as in UltraDINO's released decoder")
-        self.dropout, self.channels = dropout, channels or dim
-        channels = self.channels
-        self.pyramid = Pyramid(dim)
-        self.pools = nn.ModuleList(ConvReLU(dim, channels, 1, norm) for _ in self.SCALES)
-        self.bottleneck = ConvReLU(dim + len(self.SCALES) * channels, channels, 3, norm)
-        self.laterals = nn.ModuleList(ConvReLU(dim, channels, 1, norm) for _ in range(3))  # of the largest map first
-        self.convs = nn.ModuleList(ConvReLU(channels, channels, 3, norm) for _ in range(3))
-        self.fusion = ConvReLU(4 * channels, channels, 3, norm)
-        # mmseg's 0.01 after group norm: for hundreds of steps all is background, on small sets for good
-        self.classifier = PixelClassifier(channels, n_classes, channels ** -0.5 if norm == "group" else 0.01)
-
-    def draw_dropout(self, B, rng):
-        """What forward takes as `keep`, from numpy generator `rng`: float32 (B, channels), 0 or 1 / (1 - dropout)."""
-        keep = (rng.random((B, self.channels)) >= self.dropout) / (1 - self.dropout)
-        return to_device(keep.astype(np.float32), self.classifier.weight.device)
-
-    def forward(self, maps, keep=None):
-        *maps, top = self.pyramid(maps)
-        pooled = [resize(conv(resize(top, (scale, scale), pool=True)), top.shape[2:])
-                  for scale, conv in zip(self.SCALES, self.pools)]
-        x = self.bottleneck(torch.cat([top, *pooled], dim=1))  # (B, channels, rows / 2, columns / 2)
-        levels, size = [x], maps[0].shape[2:]
-        for level, lateral, conv in reversed(list(zip(maps, self.laterals, self.convs))):
-            x = lateral(level) + resize(x, level.shape[2:])  # (B, channels, rows, columns), then twice and four times
-            levels.insert(0, conv(x))
-        x = self.fusion(torch.cat([resize(level, size) for level in levels], dim=1))  # (B, channels, 4 rows, 4 columns)
-        return self.classifier(x if keep is None else x * keep[:, :, None, None])
-
-
-class LinearDecoder(nn.Module):
-    """The last map alone, patch by patch -> logits (B, K, rows, columns). Nothing is dropped: `keep` is None."""
-
-    def __init__(self, dim, n_classes):
-        super().__init__()
-        self.classifier = PixelClassifier(dim, n_classes)
-
-    def forward(self, maps, keep=None):
-        return self.classifier(maps[-1])
-
-
-class Segmenter(nn.Module):
-    """Images (B, in_chans, h, w) of any size -> logits float32 (B, K, h, w).
-
-    The patches after the blocks at 1/3, 1/2, 2/3 and the end of the depth, through the backbone's last norm, go to
-    `decoder`; registers stay in the network. A `frozen` backbone has no gradient, no drop path, and stays in eval mode.
-    """
-
-    def __init__(self, backbone, decoder, frozen=False):
-        super().__init__()
-        self.backbone, self.decoder, self.frozen = backbone, decoder, frozen
-        depth = len(backbone.blocks)
-        self.blocks = [max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
-        if frozen:
-            backbone.requires_grad_(False)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone.train(mode and not self.frozen)
-        return self
-
-    def forward(self, x, drops=None, keep=None):
-        """`drops`: backbone.draw_drop_path for the tokens of the padded images; `keep`: decoder.draw_dropout."""
-        (h, w), p = x.shape[2:], self.backbone.patch_size
-        x = F.pad(x, (0, -w % p, 0, -h % p))  # right and bottom, with 0: the mean grey
-        blocks = sorted(set(self.blocks))  # a network of fewer than four has some of them twice
-        how = dict(drops=drops) if drops and not self.frozen else {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            found = self.backbone.get_intermediate_layers(x, blocks, reshape=True, **how)
-        maps = [found[blocks.index(block)] for block in self.blocks]  # four of (B, C, rows, columns)
-        return resize(self.decoder(maps, keep), x.shape[2:])[:, :, :h, :w]
 
 
 # ---------------------------------------------------------------- learning rates

@@ -1,7 +1,7 @@
 """Training a backbone with a segmentation decoder: the network, its loss and schedule, one step, predictions.
 
 After UltraDINO's released segmentation code as it was configured (UPerNet, cross-entropy plus Dice, polynomial decay;
-AdamW), without what kept its settings from having an effect. The network is in model.py.
+AdamW), without what kept its settings from having an effect. The network is in decoders.py.
 """
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from augment import AUGMENT, augment_pair, draw_affine, draw_augment, normalise_only
 from classifier import ADAM_BETAS
 from data import Rows, image_order, philox
+from decoders import LinearDecoder, Segmenter, UPerNet
 from kernels import all_reduce
 from metrics import dice
-from model import PATCH_EMBED_LR_MULT, LinearDecoder, Segmenter, UPerNet, VisionTransformer, parameter_groups
+from model import PATCH_EMBED_LR_MULT, VisionTransformer, parameter_groups
 from runtime import flatten_parameters, load_checkpoint
 from weights import load_strict
 

@@ -30,7 +30,8 @@ import phantom
 import runtime
 import segment
 import segmenter
-from model import SIZES, Segmenter, VisionTransformer
+from decoders import Segmenter
+from model import SIZES, VisionTransformer
 from timing import divided, goal, rounds
 
 DECODERS = {"UPerNet, as wide as the backbone": dict(name="upernet", channels=None, norm="group"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model
+import decoders
 from data import Rows, philox
-from model import LinearDecoder, Segmenter, UPerNet, VisionTransformer, parameter_groups, resize
+from decoders import LinearDecoder, Segmenter, UPerNet, resize
+from model import VisionTransformer, parameter_groups
 from runtime import flatten_parameters
 
 VIT = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=4, num_heads=2, num_register_tokens=3,
@@ -56,7 +57,7 @@ def test_resize_keeps_the_type_and_is_exact_under_autocast():
 def test_halve_is_max_pooling(height, width):
     x = torch.randn(2, 3, height, width, requires_grad=True)
     want = F.max_pool2d(x, 2, ceil_mode=True)
-    got, dout = model.halve(x), torch.randn_like(want)
+    got, dout = decoders.halve(x), torch.randn_like(want)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(y, x, dout)[0] for y in (got, want)))
 
@@ -133,7 +134,7 @@ def test_group_norms_of_upernet():
     assert len(norms) == 1 + 4 + 1 + 3 + 3 + 1
     assert {m.num_channels // m.num_groups for m in norms.values()} == {16}
     assert not any("conv.bias" in name for name, _ in net.named_parameters())
-    assert model.group_norm(24).num_groups == 1
+    assert decoders.group_norm(24).num_groups == 1
     with pytest.raises(ValueError, match="norm is 'batch': group, or none as in UltraDINO's released decoder"):
         UPerNet(64, 2, norm="batch")
 

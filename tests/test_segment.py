@@ -23,8 +23,9 @@ import runtime
 import seg_data
 import segment
 import segmenter
+from decoders import Segmenter
 from images import Frame
-from model import Segmenter, VisionTransformer
+from model import VisionTransformer
 
 CLASSES = ["background", "head", "lésion"]
 DECODERS = {"upernet": dict(name="upernet", channels=32, norm="group"),
