@@ -10,7 +10,7 @@ import re
 import torch
 from torch import nn
 
-from model import rope_periods
+from model import DINOV3, rope_periods
 
 JOIN = "join it by --features or --predictions (README)"
 
@@ -148,7 +148,7 @@ def dinov3(state, path):
     for dtype in ("float32", "bfloat16"):  # Meta's files hold bfloat16
         want = rope_periods(config["embed_dim"] // config["num_heads"], dtype)
         if periods.shape == want.shape and torch.allclose(periods, want, rtol=1e-6, atol=0):
-            return "DINOv3", state, dict(config, mask_k_bias=True, norm_eps=1e-5, rope_dtype=dtype)
+            return "DINOv3", state, dict(config, **DINOV3, rope_dtype=dtype)
     refuse(path, "rope_embed.periods are not 100^(4i / head dim)")
 
 
@@ -159,7 +159,7 @@ def hugging_face(state, path):
     mask_token = state.get("mask_token", torch.zeros(1, config["embed_dim"]))  # pretraining's: some files have none
     state["mask_token"] = mask_token.flatten(0, -2)  # (1, C)
     if config["pos"] == "rope":
-        return "DINOv3 (Hugging Face)", state, dict(config, mask_k_bias=True, norm_eps=1e-5)
+        return "DINOv3 (Hugging Face)", state, dict(config, **DINOV3)
     registers = config["num_register_tokens"] > 0
     family = "DINOv2 + registers (Hugging Face)" if registers else "DINOv2 (Hugging Face)"
     return family, state, dict(config, interpolate_offset=0.0, interpolate_antialias=registers)

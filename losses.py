@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import LogitChunks, prototype_loss, sinkhorn, softmax_center, update_center
-from model import DINOHead, VisionTransformer
+from model import DINOHead, VisionTransformer, draw_rescale
 
 STUDENT_TEMP = 0.1  # DINOv2's constant that nobody tunes
 KOLEO_EPS, KOLEO_MIN_DISTANCE = 1e-8, 1e-4
@@ -88,23 +88,25 @@ def teacher_targets(teacher, micros, centers, temp, centering, dtype=torch.float
     return targets, new_centers
 
 
-def draw_drops(backbone, micros, seed, step, rank):
-    """Drop-path draws of a rank's micro-batches, before any forward."""
+def draw_drops(backbone, micros, seed, step, rank, rope_rescale=1.0):
+    """Draws of a rank's micro-batches, before any forward: (drop path, rescaling of rotary positions) of each."""
     for number, micro in enumerate(micros):
         rng = np.random.default_rng(np.random.SeedSequence((seed, step, rank, number)))
         shapes = [(len(crops), 1 + backbone.num_register_tokens + (crops.shape[-1] // backbone.patch_size) ** 2)
                   for crops in (micro["global_crops"], micro["local_crops"])]
-        yield backbone.draw_drop_path(shapes, rng)
+        limit = rope_rescale if backbone.pos == "rope" else 1
+        yield backbone.draw_drop_path(shapes, rng), draw_rescale(len(backbone.blocks), len(shapes), limit, rng)
 
 
-def student_losses(student, micro, class_target, patch_target, temp, batch, drops=None, dtype=torch.float32):
+def student_losses(student, micro, class_target, patch_target, temp, batch, draws=None, dtype=torch.float32):
     """(DINO, iBOT, KoLeo) of one micro-batch, DINOv2's scales but for the weights, and how much of DINO is local.
 
     Each is this micro-batch's part of the mean over the `batch` images of the step (KoLeo: of this micro-batch).
+    draws: draw_drops's; without it no image is dropped and no position rescaled.
     """
     b, L = len(micro["groups"]), len(micro["local_crops"]) // len(micro["groups"])
     tokens, local_tokens = student.backbone.forward_features(
-        [micro["global_crops"], micro["local_crops"]], [micro["masks"], None], drops)
+        [micro["global_crops"], micro["local_crops"]], [micro["masks"], None], *(draws or ()))
     global_cls = tokens["x_norm_clstoken"]  # (2b, C)
     cls = torch.cat((global_cls, local_tokens["x_norm_clstoken"])).unflatten(0, (2 + L, b))  # (2 + L, b, C)
     patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)

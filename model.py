@@ -25,10 +25,14 @@ SIZES = {
     "vit_micro": dict(embed_dim=128, depth=4, num_heads=4),  # the CPU preset's, for trying things
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
+    "vit_small_plus": dict(embed_dim=384, depth=12, num_heads=6, mlp_ratio=6.0, ffn_layer="swiglufused"),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "vit_large_plus": dict(embed_dim=1024, depth=24, num_heads=16, mlp_ratio=6.0, ffn_layer="swiglufused"),
+    "vit_huge_plus": dict(embed_dim=1280, depth=32, num_heads=20, mlp_ratio=6.0, ffn_layer="swiglufused"),
     "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24, ffn_layer="swiglufused"),
 }
+DINOV3 = dict(pos="rope", norm_eps=1e-5, mask_k_bias=True)  # what its ViT has beside a size; DINOv2's are the defaults
 
 
 # ---------------------------------------------------------------- transformer
@@ -38,8 +42,8 @@ class VisionTransformer(nn.Module):
     pretraining); drop_path_uniform=False grows it evenly from 0 at the first block (its choice in segmentation).
 
     `init_std` of the linear layers is DINOv2's 0.02; networks much narrower than its start faster near width ** -0.5.
-    DINOv3's ViT has pos="rope" (queries and keys of patches turn by their place, nothing is learned), norm_eps=1e-5 and
-    mask_k_bias=True; `rope_dtype` is what its periods are rounded to: official files hold them in bfloat16.
+    With pos="rope" (DINOV3) queries and keys of patches turn by their place, nothing is learned; `rope_dtype` is what
+    the periods are rounded to: official files hold them in bfloat16.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
@@ -66,7 +70,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.checkpoint_activations = False  # True: backward computes each block again instead of remembering it
         self._resize = {}  # (grid, device, dtype) -> matrix that interpolates pos_embed, see position_matrix
-        self._rope = {}  # (grid, device) -> cos and sin, see rope_table
+        self._rope = {}  # (grid, device) -> angles, their cos and sin, see rope_table
         self.init_weights(init_std)
 
     def init_weights(self, init_std):
@@ -91,20 +95,31 @@ class VisionTransformer(nn.Module):
             patches = self._resize[key] @ self.pos_embed[0, 1:]  # (P, C)
         return torch.cat((self.pos_embed[:, :1], patches[None]), dim=1)
 
-    def turns(self, crops):
-        """What kernels.attention takes as `rope`: (cos, sin) of each crop group; None if positions are learned."""
+    def turns(self, crops, rescale=None):
+        """What each block's kernels.attention takes as `rope`: per block, (cos, sin) of each crop group. None if
+        positions are learned.
+
+        `rescale` (depth, groups), what draw_rescale drew: a factor of all coordinates, hence of all angles.
+        """
         if self.pos == "learned":
             return None
-        tables = []
-        for x in crops:
-            key = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size), self.cls_token.device
+        tables, device = [], self.cls_token.device
+        rescale = None if rescale is None else to_device(rescale, device)
+        for group, x in enumerate(crops):
+            key = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size), device
             if key not in self._rope:
                 table = rope_table(key[0], self.embed_dim // self.num_heads, self.rope_dtype)
                 still = table.new_zeros(1 + self.num_register_tokens, table.shape[1])  # cls, registers have no place
                 angles = torch.cat((still, table))  # (N, D/2)
-                self._rope[key] = angles.cos().to(key[1], torch.float32), angles.sin().to(key[1], torch.float32)
-            tables.append(self._rope[key])
-        return tables
+                self._rope[key] = (angles.to(device), angles.cos().to(device, torch.float32),
+                                   angles.sin().to(device, torch.float32))
+            angles, cos, sin = self._rope[key]
+            if rescale is None:
+                tables.append([(cos, sin)] * len(self.blocks))
+            else:
+                angles = rescale[:, group, None, None] * angles  # (depth, N, D/2)
+                tables.append(list(zip(angles.cos().float(), angles.sin().float())))
+        return [list(block) for block in zip(*tables)]
 
     def prepare_tokens(self, x, masks=None):
         """(B, in_chans, h, w), masks (B, P) bool or None -> (B, N, C): cls, registers, patches."""
@@ -128,26 +143,26 @@ class VisionTransformer(nn.Module):
         return torch.cat([x.flatten(0, 1) for x in tokens]), [tuple(x.shape[:2]) for x in tokens]
 
     def run_blocks(self, packed, shapes, drops, rope, routing=None):
-        """Yield the packed tokens (T, C) after each block in turn."""
+        """Yield the packed tokens (T, C) after each block in turn. `rope` is what `turns` gives."""
         for i, block in enumerate(self.blocks):
-            drop = drops[2 * i:2 * i + 2] if drops else (None, None)
+            own = drops[2 * i:2 * i + 2] if drops else (None, None), rope[i] if rope else None, routing
             if self.checkpoint_activations and torch.is_grad_enabled():  # nothing random happens in a block
-                packed = checkpoint(block, packed, shapes, drop, rope, routing, use_reentrant=False, preserve_rng_state=False)
+                packed = checkpoint(block, packed, shapes, *own, use_reentrant=False, preserve_rng_state=False)
             else:
-                packed = block(packed, shapes, drop, rope, routing)
+                packed = block(packed, shapes, *own)
             yield packed
 
-    def forward_features(self, x, masks=None, drops=None):
+    def forward_features(self, x, masks=None, drops=None, rescale=None):
         """Tensor (B, in_chans, h, w) -> DINOv2's dict of normalised tokens; a list of crop groups -> a list of dicts.
 
         `masks` replaces patches by the mask token, one (B, P) bool tensor (or None) per group. `drops` is what
-        `draw_drop_path` drew for these groups; without it no image is dropped.
+        `draw_drop_path` drew for these groups; without it no image is dropped. `rescale`: see `turns`.
         """
         if not isinstance(x, (list, tuple)):
-            return self.forward_features([x], [masks], drops)[0]
+            return self.forward_features([x], [masks], drops, rescale)[0]
         masks = masks or [None] * len(x)
         packed, shapes = self.pack(x, masks)  # (T, C)
-        for packed in self.run_blocks(packed, shapes, drops, self.turns(x)):
+        for packed in self.run_blocks(packed, shapes, drops, self.turns(x, rescale)):
             pass
         sizes, R = [B * N for B, N in shapes], self.num_register_tokens
         outputs = []
@@ -186,16 +201,16 @@ class VisionTransformer(nn.Module):
             block.compile(dynamic=False, **how)
 
     def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True, drops=None,
-                                routing=None):
+                                routing=None, rescale=None):
         """Patch tokens after the last n blocks (or after the blocks named in the list n), registers left out.
 
         Each (B, P, C), or (B, C, rows, columns) with `reshape`; with `return_class_token` pairs (patches, cls). `drops`
-        as in forward_features; `routing` as in moe.MixtureOfExperts, for a backbone that has some.
+        and `rescale` as in forward_features; `routing` as in moe.MixtureOfExperts, for a backbone that has some.
         """
         wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
         packed, shapes = self.pack([x], [None])
         outputs = []
-        for i, packed in enumerate(self.run_blocks(packed, shapes, drops, self.turns([x]), routing)):
+        for i, packed in enumerate(self.run_blocks(packed, shapes, drops, self.turns([x], rescale), routing)):
             if i in wanted:
                 tokens = (self.norm(packed) if norm else packed).view(*shapes[0], self.embed_dim)  # (B, N, C)
                 patches, cls = tokens[:, 1 + self.num_register_tokens:], tokens[:, 0]
@@ -261,6 +276,13 @@ def rope_table(grid, head_dim, dtype="float32"):
     row, column = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in grid]
     places = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1)  # (rows, columns, 2)
     return (2 * torch.pi * places[..., None] / rope_periods(head_dim, dtype)).flatten(2).flatten(0, 1)
+
+
+def draw_rescale(depth, groups, limit, rng):
+    """By how much DINOv3 stretches the coordinates of patches in training, both axes alike: exp(U(-ln limit, ln limit))
+    for each block and crop group, float64 (depth, groups). None where limit is 1: positions as in evaluation.
+    """
+    return None if limit == 1 else np.exp(rng.uniform(-math.log(limit), math.log(limit), (depth, groups)))
 
 
 # ---------------------------------------------------------------- projection head

@@ -28,11 +28,12 @@ import runtime
 from data import PretrainBatches, to_device
 from kernels import all_reduce
 from losses import Network, draw_drops, student_losses, target_health, teacher_targets
-from model import SIZES, parameter_groups
+from model import DINOV3, SIZES, parameter_groups
 from weights import grey_backbone, load_strict, merge_seen
 
 # DINOv2's constants that nobody tunes (its ssl_default_config)
 FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 1.0, 1e-6, (0.9, 0.999)
+ROPE_RESCALE = 2.0  # DINOv3's
 LR_BATCH = 1024  # the learning rate is base_lr * sqrt(batch / LR_BATCH)
 PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED = 12_000, 64, 0
 
@@ -50,7 +51,7 @@ PRESETS = {
 # can undo it (a user's released ViT-L: k-NN from 80 to 10 % in 20,000 images, warm heads; facebookresearch/dinov2#204).
 INIT = {"ultradino": dict(freeze_backbone_fraction=0.05, base_lr=1e-3, momentum_teacher=0.996, drop_path_rate=0.1),
         "cpu": dict(freeze_backbone_fraction=0.05, base_lr=1.25e-3, momentum_teacher=0.98)}
-FROM_FILE = ("arch", "patch_size", "num_register_tokens", "layerscale", "init_std")  # no flags beside --init
+FROM_FILE = ("arch", "pos", "patch_size", "num_register_tokens", "layerscale", "init_std")  # no flags beside --init
 WORKER_GONE = (ConnectionResetError, ConnectionRefusedError, EOFError)  # instead of torch's own message
 CROP_SIZES = ("global_crops_size", "local_crops_size")
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
@@ -75,6 +76,8 @@ def get_args(argv=None):
     p.add_argument("--num_workers", type=int, default=4, help="processes that read the pack, per GPU")
     # model
     p.add_argument("--arch", choices=SIZES, default="vit_small", help="size of the transformer")
+    p.add_argument("--pos", choices=("learned", "rope"), default="learned", help="positions: DINOv2's or DINOv3's")
+    p.add_argument("--rope_rescale", type=float, default=ROPE_RESCALE, help="--pos rope: most stretching; 1 is none")
     p.add_argument("--patch_size", type=int, default=16, help="pixels; crop sizes must be multiples of it")
     p.add_argument("--num_register_tokens", type=int, default=4, help="extra tokens without a position")
     p.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale; larger learns faster when small")
@@ -146,8 +149,10 @@ def check_args(p, args):
     pack.check_arguments(p, args)
     if not args.init:
         check_crops(args, "--patch_size")
+        check_rescale(args)
     for name, least in dict(batch_size_per_gpu=1, accum_iter=1, total_samples=1, save_every=1, log_every=1, seed=0,
-                            head_n_prototypes=2, local_crops_number=0, num_workers=0, num_register_tokens=0).items():
+                            head_n_prototypes=2, local_crops_number=0, num_workers=0, num_register_tokens=0,
+                            rope_rescale=1).items():
         if getattr(args, name) < least:
             p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
     for name in ("teacher_temp", "warmup_teacher_temp", "clip_grad", "base_lr", "init_std"):
@@ -169,15 +174,22 @@ def check_crops(args, whose):
             raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of {whose} {args.patch_size}")
 
 
+def check_rescale(args):
+    if args.pos == "learned" and args.rope_rescale != ROPE_RESCALE:
+        raise ValueError(f"--rope_rescale {args.rope_rescale} is for --pos rope, positions here are learned: leave it out")
+
+
 # ---------------------------------------------------------------- networks
 
 def open_init(args, mean=None, std=None):
     """weights.grey_backbone of --init; sets the arguments that the file decides, and in info["config"] the run's own."""
     backbone, info = grey_backbone(args.init, mean, std)
-    named = [name for name, size in SIZES.items() if size.items() <= info["config"].items()]
+    plain = dict(mlp_ratio=4.0, ffn_layer="mlp")  # where nothing else is said
+    named = [name for name, size in SIZES.items() if {**plain, **size}.items() <= {**plain, **info["config"]}.items()]
     args.arch = named[0] if named else f"width {backbone.embed_dim}, depth {len(backbone.blocks)}"
     args.patch_size, args.num_register_tokens = backbone.patch_size, backbone.num_register_tokens
-    args.layerscale = info["config"].get("init_values")
+    args.layerscale, args.pos = info["config"].get("init_values"), info["config"].get("pos", "learned")
+    check_rescale(args)
     for name in vars(args).pop("fit_crops", ()):
         setattr(args, name, max(1, round(getattr(args, name) / args.patch_size)) * args.patch_size)
     check_crops(args, f"the patch size of --init {args.init},")
@@ -188,7 +200,7 @@ def open_init(args, mean=None, std=None):
 def backbone_config(args):
     return dict(SIZES[args.arch], img_size=args.global_crops_size, patch_size=args.patch_size, in_chans=1,
                 num_register_tokens=args.num_register_tokens, drop_path_rate=args.drop_path_rate,
-                init_values=args.layerscale, init_std=args.init_std)
+                init_values=args.layerscale, init_std=args.init_std, **(DINOV3 if args.pos == "rope" else {}))
 
 
 def build_networks(args, device, start=None):
@@ -225,7 +237,7 @@ def optimizer_groups(student, layerwise_decay):
 
 # ---------------------------------------------------------------- one step
 
-def train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, drops, stop=False):
+def train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, draws, stop=False):
     """One optimizer step over a list of micro-batches; nothing here waits for the device.
 
     buffers: (student's, teacher's) flatten_parameters. values: this step's schedules. centers (2, K), changed in place.
@@ -237,9 +249,9 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     weights = args.dino_loss_weight, args.ibot_loss_weight, args.koleo_loss_weight * args.batch_size_per_gpu / batch
     with cast:
         targets, new_centers = teacher_targets(teacher, micros, centers, temp, args.centering, dtype)
-    for micro, *target, drop in zip(micros, *targets, drops):
+    for micro, *target, draw in zip(micros, *targets, draws):
         with cast:
-            losses, local = student_losses(student, micro, *target, temp, batch, drop, dtype)
+            losses, local = student_losses(student, micro, *target, temp, batch, draw, dtype)
         dino, ibot, koleo = (weight * loss for weight, loss in zip(weights, losses))
         (dino + ibot + koleo).backward()  # outside autocast: what was kept in float32 stays there
         terms.append(torch.stack((weights[0] * local, dino - weights[0] * local, ibot, koleo)).detach())
@@ -386,8 +398,8 @@ def main(args):
         waited += time.monotonic() - asked
         micros = to_device(loaded, device, args, data.mean, data.std)
         values = {name: array[step].item() for name, array in schedule.items()}
-        drops = list(draw_drops(student.backbone, micros, args.seed, step, rank))
-        stats = train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, drops,
+        draws = list(draw_drops(student.backbone, micros, args.seed, step, rank, args.rope_rescale))
+        stats = train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, draws,
                            bool(received))
         previous, pending = pending, (step, *runtime.host_copy(stats))
         stop = previous is not None and read_stats(previous, batches, data)["stop"] > 0  # one step late: no waiting

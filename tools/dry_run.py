@@ -79,10 +79,11 @@ def step(student, teacher, state, batch, args, device):
     """One optimizer step of one micro-batch, from its canvases on."""
     buffers, centers, optimizer = state
     micros = pretrain.to_device(batch, device, args, MEAN, STD)
-    drops = list(pretrain.draw_drops(student.backbone, micros, args.seed, 0, 0))
+    draws = list(pretrain.draw_drops(student.backbone, micros, args.seed, 0, 0, args.rope_rescale))
     values = {name: array[-1].item() for name, array in pretrain.schedules(args, 10, len(micros[0]["groups"])).items()}
-    pretrain.train_step(student, teacher, optimizer, buffers, centers, micros, values, args, len(micros[0]["groups"]), drops)
-    return micros[0], drops[0]
+    pretrain.train_step(student, teacher, optimizer, buffers, centers, micros, values, args, len(micros[0]["groups"]),
+                        draws)
+    return micros[0], draws[0][0]
 
 
 def predict(args, start=None):
