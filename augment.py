@@ -12,6 +12,12 @@ An image with a mask is also moved as a whole, by draw_affine(own, len(images)) 
 
     x, masks = augment_pair(canvases, masks, draws, mean, std)
 
+Points and boxes follow, as shares of the sides, by the same draws before they become tensors. A box needs upright=True,
+which neither rotates nor shears; where left and right matter, draw_augment(own, len(images), flip=0):
+
+    shown = move_points(points / [width, height], draws, *canvases.shape[1:])  # (b, k, 2) in pixels of the file's image
+    shown = move_boxes(boxes / [width, height, width, height], draws, *canvases.shape[1:])  # (b, 4)
+
 Grey levels are floats in 0..255 throughout, where albumentations rounds after each step. It augments the file's pixels
 and then resizes; here the canvas has its final size before, so that no resizing smooths the noise.
 """
@@ -64,12 +70,13 @@ def draw_augment(rng, batch, light=0.5, gamma=0.5, noise=0.5, distortion=0.5, fl
     return draws
 
 
-def draw_affine(rng, batch, probability=0.5):
+def draw_affine(rng, batch, probability=0.5, upright=False):
     """How images are rotated, scaled, sheared and shifted, as albumentations' Affine: float32 (batch, 2, 3), [A | t].
 
     Pixel p = (row, column) of the result shows the place c + A (p - c - t * sides) of the image, c being its centre: A
     acts on pixels, so that rotating an image that is not square does not shear it, and t is a share of each side. It is
-    [I | 0] where nothing happens. rng as above; the same numbers are drawn whatever the probability.
+    [I | 0] where nothing happens. rng as above; the same numbers are drawn whatever the probability and upright, which
+    leaves rotation and shear out, so that what lies along the axes still does.
     UltraDINO's code shifts each such image by exactly 0.2 of both sides; here the shift is uniform in -0.2 .. 0.2.
     """
     def uniform(low, high, *shape):
@@ -77,6 +84,8 @@ def draw_affine(rng, batch, probability=0.5):
 
     happens, scale = rng.random((batch,)) < probability, uniform(*SCALE)
     angle, shear = np.deg2rad(uniform(-ROTATION, ROTATION)), np.tan(np.deg2rad(uniform(-SHEAR, SHEAR, 2)))
+    if upright:
+        angle, shear = 0 * angle, 0 * shear
     shift, ones = uniform(-SHIFT, SHIFT, 2), np.ones_like(angle)
     rotated = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # (2, 2, batch)
     sheared = np.array([[ones, shear[:, 0]], [shear[:, 1], ones]])
@@ -251,6 +260,38 @@ def _framed(x):
 def _pixel_number(rows, columns, width):
     """The place in a framed image of whole positions, -1 or more."""
     return (rows.long() + 1) * (width + 3) + columns.long() + 1
+
+
+# ---- points and boxes, on the CPU: the inverse of affine_positions, which asks where a pixel comes from
+
+def move_points(points, draws, height, width):
+    """Where augment_pair's geometry shows places of images height x width: float64 (B, k, 2) -> the same.
+
+    Points are (x, y) in shares of the sides, 0..1 from border to border; nan stays nan, and what leaves the picture
+    lies outside 0..1. draws: as augment_pair's, but in numpy. What nothing was drawn for stays the same to the bit.
+    """
+    points = np.array(points, np.float64)  # (B, k, 2): a copy
+    borders = np.arange(GRID_CELLS + 1) / GRID_CELLS
+    affine, grid = draws["affine"].astype(np.float64), draws["grid"].astype(np.float64)
+    change = (np.linalg.inv(affine[:, :, :2]) - np.eye(2))[:, ::-1, ::-1]  # of x and y, as below; draws: row, column
+    sides, shift = np.array([width, height]), affine[:, None, ::-1, 2]  # shift (B, 1, 2)
+    points += np.einsum("bij,bkj->bki", change, (points - 0.5) * sides) / sides + shift  # A acts on pixels
+    for own, shifts in zip(points, grid):
+        for axis, of_axis in ((0, shifts[1]), (1, shifts[0])):
+            # a place p of the result shows p + shift(p); back again is linear between the moved borders of cells too
+            own[:, axis] -= np.interp(own[:, axis], borders + of_axis, of_axis)  # 0 outside the picture
+    points[..., 0] = np.where(draws["flip"][:, None] > 0, 1 - points[..., 0], points[..., 0])
+    return points
+
+
+def move_boxes(boxes, draws, height, width):
+    """The bounding boxes of moved corners, not clipped: float64 (B, 4) of x_min, y_min, x_max, y_max -> the same.
+
+    Shares of the sides and draws as in move_points. Exact for draw_affine(upright=True), else too large.
+    """
+    corners = np.asarray(boxes, np.float64)[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2)
+    corners = move_points(corners, draws, height, width)  # (B, 4, 2)
+    return np.concatenate((corners.min(1), corners.max(1)), axis=1)
 
 
 # ---- two images into one

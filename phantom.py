@@ -11,7 +11,8 @@ Then gain, dynamic range and scan conversion of (depth, beam) to pixels. The pla
 position, rotation, zoom, probe, clutter, shadows, speckle and the final brightness and contrast are drawn from one
 distribution for all planes, so that no classifier lives off brightness or the sector's outline.
 
-Masks are the same shapes looked up at pixels instead of samples: exact, whatever speckle and shadow hide.
+Masks are the same shapes looked up at pixels instead of samples: exact, whatever speckle and shadow hide. So are the
+box of the heart and the ends of the femur.
 """
 
 import argparse
@@ -28,6 +29,9 @@ MASK_PLANES = ("brain", "abdomen", "femur", "thorax")  # of images with masks; a
 PROBE = -0.95  # y of its face in the picture, which spans -1..1
 FLUID, TISSUE, WALL, BONE = -2.4, 0.0, 1.2, 2.2  # log echo amplitudes
 ABSORPTION = 16.0  # log amplitude lost per unit of path in bone
+HEART_AXES = 0.64, 0.5  # half axes of its ellipse
+HEART_PIXELS = 12  # and half of its area, at least, that a box needs
+FEMUR_END = 0.85  # |u| of both ends
 
 # (low, high) of uniform draws. A patient's hold for all of its frames; a view's are drawn anew for each.
 PATIENT = {"half_angle": (0.5, 0.8), "probe_radius": (0.15, 0.7), "depth": (1.75, 2.0),  # of the sector
@@ -109,7 +113,12 @@ def heart_axes(u, v, p):
 
 
 def heart(u, v, p):
-    return ellipse(*heart_axes(u, v, p), 0, 0, 0.64, 0.5)
+    return ellipse(*heart_axes(u, v, p), 0, 0, *HEART_AXES)
+
+
+def femur_bow(u, p):
+    """v of the middle of the bone, along it."""
+    return 0.16 * p["shape1"] * (u * u - 0.5)
 
 
 STRUCTURES = ("background", "head", "abdomen", "stomach", "heart")  # class numbers of masks
@@ -147,8 +156,8 @@ def abdomen(echo, u, v, p):
 
 def femur(echo, u, v, p):
     """One bowed bright bar with thick ends and a shadow, in muscle between two skin lines."""
-    bow = v - 0.16 * p["shape1"] * (u * u - 0.5)
-    bar = inside(np.maximum(np.abs(bow) - 0.1 - 0.12 * u ** 4, np.abs(u) - 0.85))
+    bow = v - femur_bow(u, p)
+    bar = inside(np.maximum(np.abs(bow) - 0.1 - 0.12 * u ** 4, np.abs(u) - FEMUR_END))
     paint(echo, inside(np.maximum(np.abs(v) - 0.6, np.abs(u) - 1.05)), -0.7)
     paint(echo, line(np.abs(v) - 0.6 - 0.1 * p["shape2"] * u, 0.1) * inside(np.abs(u) - 1.05), WALL)
     paint(echo, bar, BONE)
@@ -214,6 +223,13 @@ def anatomical(x, y, p):
     return cos * dx + sin * dy, (cos * dy - sin * dx) * np.sign(p["mirror"])
 
 
+def pictorial(u, v, p):
+    """(u, v) -> places in the picture, the inverse of anatomical."""
+    cos, sin = np.cos(p["angle"] + p["turn"]), np.sin(p["angle"] + p["turn"])
+    scale, v = p["zoom"] * p["closer"], v * np.sign(p["mirror"])
+    return (cos * u - sin * v) * scale + p["x"] + p["dx"], (sin * u + cos * v) * scale + p["y"] + p["dy"]
+
+
 def render(p, noise, labels):
     """Parameters (n, 1, 1), noise (2, n, size, size), labels (n,) -> uint8 (n, size, size)."""
     size = noise.shape[-1]
@@ -254,10 +270,15 @@ def pixels(p, size):
     """Of each pixel's centre: x (1, size), y (size, 1), then (n, size, size): shares of depth and of beams, visible."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
     x, y = axis[None, :], axis[:, None]
-    down = y - (PROBE - p["probe_radius"])  # (n, size, 1)
+    return x, y, *sector(x, y, p)
+
+
+def sector(x, y, p):
+    """Places in the picture -> shares of depth and of beams, and whether the sector holds them."""
+    down = y - (PROBE - p["probe_radius"])
     depth = (np.sqrt(x * x + down * down) - p["probe_radius"]) / p["depth"]
     beam = (np.arctan2(x, down) / p["half_angle"] + 1) / 2
-    return x, y, depth, beam, (depth >= 0) & (depth <= 1) & (beam >= 0) & (beam <= 1)
+    return depth, beam, (depth >= 0) & (depth <= 1) & (beam >= 0) & (beam <= 1)
 
 
 def scan_convert(grey, p, size):
@@ -281,6 +302,23 @@ def draw_masks(p, labels, size):
     for number, (plane, shape) in enumerate(DRAWN_AS[1:], 1):
         masks[(labels == PLANES.index(plane))[:, None, None] & visible & (shape(u, v, p) < 0)] = number
     return masks
+
+
+def femur_ends(p, size):
+    """Parameters (n, 1, 1) -> ends of a femur (n, 2, 2): x, y in pixels, the left one first; both visible (n,)."""
+    u = np.array([-FEMUR_END, FEMUR_END])
+    x, y = pictorial(u, femur_bow(u, p), p)  # (n, 1, 2)
+    visible = sector(x, y, p)[2] & (np.abs(x) < 1) & (np.abs(y) < 1)
+    ends = (np.stack((x, y), 3)[:, 0] + 1) * size / 2  # (n, 2, 2)
+    order = ends[:, :, 0].argsort(1)[:, :, None]
+    return np.take_along_axis(ends, order, 1), visible.all((1, 2))
+
+
+def bounding_boxes(masks):
+    """bool (m, h, w), none empty -> float64 (m, 4): x_min, y_min, x_max, y_max, the last pixel's far border."""
+    columns, rows = masks.any(1), masks.any(2)  # (m, w), (m, h)
+    far = [line.shape[1] - line[:, ::-1].argmax(1) for line in (columns, rows)]
+    return np.stack((columns.argmax(1), rows.argmax(1), *far), 1).astype(np.float64)
 
 
 def batches(n, size):
@@ -308,6 +346,34 @@ def phantom_masks(n, size=64, seed=0):
         images[batch] = render(parameters, noise, labels[batch])
         masks[batch] = draw_masks(parameters, labels[batch], size)
     return images, masks, groups
+
+
+def phantom_tasks(n, size=64, seed=0):
+    """phantom_images() with a task of each type: images uint8 (n, size, size), groups (n,), tasks.
+
+    tasks: {name: (kind, K, rows, targets)}; rows (m,) are the images that have the target. Targets are masks uint8
+    (m, size, size), labels (m,), boxes (m, 4) or points (m, K, 2) in pixels. A heart that is mostly out of sight has
+    no box, a femur no points if an end is.
+    """
+    images, masks = np.empty((2, n, size, size), np.uint8)
+    ends, whole, area = np.empty((n, 2, 2)), np.empty(n, bool), np.empty(n)  # as if each image showed femur and heart
+    labels, groups, _ = patients(np.arange(n))
+    for batch in batches(n, size):
+        parameters, noise = draw_parameters(np.arange(n)[batch], size, seed)
+        images[batch] = render(parameters, noise, labels[batch])
+        masks[batch] = draw_masks(parameters, labels[batch], size)
+        ends[batch], whole[batch] = femur_ends(parameters, size)
+        scale = (parameters["zoom"] * parameters["closer"])[:, 0, 0] * size / 2  # pixels per unit of u
+        area[batch] = np.pi * np.prod(HEART_AXES) * scale ** 2
+    heart = masks == STRUCTURES.index("heart")
+    shown = np.flatnonzero(np.isin(labels, [PLANES.index(name) for name in MASK_PLANES]))
+    hearts = np.flatnonzero(heart.sum((1, 2)) >= np.maximum(HEART_PIXELS, area / 2))
+    femurs = np.flatnonzero((labels == PLANES.index("femur")) & whole)
+    return images, groups, {
+        "phantom structures": ("segmentation", len(STRUCTURES), shown, masks[shown]),
+        "phantom planes": ("classification", len(PLANES), np.arange(n), labels),
+        "phantom heart": ("detection", 1, hearts, bounding_boxes(heart[hearts])),
+        "phantom femur": ("regression", 2, femurs, ends[femurs])}
 
 
 def main():
