@@ -1,6 +1,7 @@
-"""Pictures for a report, drawn with Pillow alone: a confusion matrix, curves with error bars, masks on their images.
+"""Pictures for a report, drawn with Pillow alone: a confusion matrix, gates, curves with error bars, masks on images.
 
     confusion_png("confusion.png", counts, ["benign", "malignant", "normal"], "BUSI, 780 images")
+    gates_png("gates.png", shares, ["HC18", "BUSI"], ["block 10", "block 11"], "M2DINO, step 20,000")
     curves_png("shots.png", {"ours": [(1, 0.61, 0.57, 0.66), (5, 0.72, 0.69, 0.75)]}, "BUSI", "shots", "accuracy")
     overlay_png("masks.png", [("best: 012_HC, Dice 0.98", image, truth, prediction)], ["background", "head"], "HC18")
 
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, MARGIN = 1600, 36
 INK, GREY, LIGHT = (25, 25, 25), (110, 110, 110), (222, 222, 222)
-DARKEST = (8, 48, 107)  # of a confusion matrix: a row's share of 1; white is 0
+DARKEST = (8, 48, 107)  # of a confusion matrix: a row's share of 1, of gates: the largest; white is 0
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow: too light on white. With 5 markers 35
 # curves differ.
 COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233), (0, 0, 0))
@@ -109,8 +110,7 @@ def confusion_png(path, confusion, names, title):
     count_font, share_font = ImageFont.load_default(size), ImageFont.load_default(max(8, min(size, int(0.26 * cell))))
     for row, column in np.ndindex(K, K):
         x, y, dark = left + column * cell, top + row * cell, share[row, column]
-        shade = tuple(round(255 + dark * (level - 255)) for level in DARKEST)
-        draw.rectangle((x, y, x + cell, y + cell), shade, LIGHT)
+        draw.rectangle((x, y, x + cell, y + cell), _shade(dark), LIGHT)
         ink = "white" if dark > 0.5 else INK
         if confusion[row, column]:
             draw.text((x + cell / 2, y + 0.35 * cell), counts[row][column], ink, count_font, "mm")
@@ -128,6 +128,74 @@ def confusion_png(path, confusion, names, title):
     _write_upright(picture, MARGIN + 18, top + side / 2, "truth", axis_font)
     draw.text((left + side / 2, top + side + below), "prediction", INK, axis_font, "ms")
     _save(picture, path)
+
+
+# ---------------------------------------------------------------- gates of experts
+
+def gates_png(path, shares, tasks, layers, title):
+    """Shares (T, L, E), the mean gate of each expert in each mixture block for each task: a panel per block.
+
+    Rows are tasks, columns experts, the shade is the share, darkest for the largest of the picture, because soft gates
+    lie close to 1 / E. Shares are also written in percent where cells are wide enough. layers: the panels' titles.
+    """
+    shares = np.asarray(shares, np.float64)
+    if shares.shape[:2] != (len(tasks), len(layers)) or shares.ndim != 3 or not shares.size:
+        raise ValueError(f"{path}: gates {shares.shape} of {len(tasks)} tasks and {len(layers)} blocks, needs (tasks, "
+                         f"blocks, experts), at least one of each")
+    if not (shares >= 0).all() or shares.max() > 1 + 1e-4:
+        raise ValueError(f"{path}: gates must be shares from 0 to 1, found {shares.min():.3g} to {shares.max():.3g}")
+    T, L, E = shares.shape
+    font, small, title_font = (ImageFont.load_default(size) for size in (26, 20, 40))
+    names = [_shorten(name, font, 380) for name in tasks]
+    left = MARGIN + math.ceil(max(font.getlength(name) for name in names)) + 16
+    gap, height, head = 28, 36, 76  # between panels; of a cell; above a panel
+    room = WIDTH - left - MARGIN + gap
+    abreast = max(1, min(L, room // (44 * E + gap)))  # so that a share of two digits fits, if it can
+    width = min(72, (room // abreast - gap) // E)
+    if width < 3:
+        raise ValueError(f"{path}: {E} experts do not fit side by side into {WIDTH} pixels")
+    across = max(left + abreast * (E * width + gap) - gap, 860 - MARGIN)  # room for the key, however few the cells
+    lines = _wrap(title, title_font, across - MARGIN)
+    top = MARGIN + 52 * (lines.count("\n") + 1) + 16
+    bottom = top + math.ceil(L / abreast) * (head + T * height + gap)
+    picture = Image.new("RGB", (across + MARGIN, bottom + 40 + MARGIN), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.multiline_text((MARGIN, MARGIN), lines, INK, title_font, spacing=12)
+    largest = max(shares.max(), 1e-9)
+    for l in range(L):
+        x0, y0 = left + l % abreast * (E * width + gap), top + l // abreast * (head + T * height + gap)
+        draw.text((x0, y0), _shorten(layers[l], font, E * width + gap - 4), INK, font)
+        for e in range(E):
+            if width >= 26 or e == 0:  # the numbers of experts
+                draw.text((x0 + (e + 0.5) * width, y0 + head - 8), str(e), GREY, small, "ms")
+        for t, e in np.ndindex(T, E):
+            x, y, dark = x0 + e * width, y0 + head + t * height, shares[t, l, e] / largest
+            draw.rectangle((x, y, x + width, y + height), _shade(dark), LIGHT)
+            if width >= 40:
+                percent = f"{100 * shares[t, l, e]:.0f}"
+                draw.text((x + width / 2, y + height / 2), percent, "white" if dark > 0.65 else INK, small, "mm")
+        if l % abreast == 0:
+            for t, name in enumerate(names):
+                draw.text((left - 16, y0 + head + (t + 0.5) * height), name, INK, font, "rm")
+    _shares_key(draw, bottom, across, largest)
+    _save(picture, path)
+
+
+def _shade(dark):
+    """White for 0, the darkest for 1."""
+    return tuple(round(255 + dark * (level - 255)) for level in DARKEST)
+
+
+def _shares_key(draw, y, right, largest):
+    """What the shades of gates mean: a strip from 0 to the largest share."""
+    font = ImageFont.load_default(26)
+    draw.text((MARGIN, y + 16), "mean gate in percent, by expert", GREY, font, "lm")
+    end = right - math.ceil(font.getlength("100.0")) - 16
+    draw.text((end - 216, y + 16), "0", INK, font, "rm")
+    for step in range(200):
+        draw.line((end - 200 + step, y, end - 200 + step, y + 32), _shade(step / 199))
+    draw.rectangle((end - 201, y - 1, end, y + 33), None, LIGHT)
+    draw.text((end + 16, y + 16), f"{100 * largest:.3g}", INK, font, "lm")
 
 
 # ---------------------------------------------------------------- curves
