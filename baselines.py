@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from model import SIZES, VisionTransformer
+from model import DINOV3, SIZES, VisionTransformer
 from weights import ULTRADINO_MEAN_STD, grey_backbone
 
 # name: in tables; paths: of the files whose weights it starts from, several being pretraining seeds, [None] for `none`
@@ -93,9 +93,9 @@ def common_network(models, img_size, default=DEFAULT_SIZE):
     return img_size or default, like
 
 
-def open_backbone(path, like, arch, seed, drop_path_rate=0.0):
+def open_backbone(path, like, arch, seed, drop_path_rate=0.0, pos="learned"):
     """(backbone that takes one channel, its info, with its path). path None: at random initialisation, with the
-    network and normalisation of `like`, else `arch` with UltraDINO's."""
+    network and normalisation of `like`, else `arch` with UltraDINO's; pos="rope": made as DINOv3's."""
     if path is not None:
         backbone, info = grey_backbone(path)
         if drop_path_rate and not isinstance(backbone, VisionTransformer):
@@ -104,6 +104,8 @@ def open_backbone(path, like, arch, seed, drop_path_rate=0.0):
         return backbone, {**info, "path": path}
     patch_size = 8 if arch == "vit_micro" else 16  # as pretrain.py's: small networks are for small images
     config = dict(SIZES[arch], img_size=DEFAULT_SIZE, patch_size=patch_size, num_register_tokens=4)
+    if pos == "rope":
+        config.update(DINOV3)
     mean, std = ULTRADINO_MEAN_STD
     if like is not None:
         config, mean, std = like["config"], like["mean"], like["std"]
@@ -111,6 +113,14 @@ def open_backbone(path, like, arch, seed, drop_path_rate=0.0):
     torch.manual_seed(seed)
     return VisionTransformer(**config).eval(), dict(config=config, mean=mean, std=std, img_size=config["img_size"],
                                                     seen=None, digest=None, family="random", path="none")
+
+
+def full_layerscale(backbone):
+    """From scratch the papers' fine-tuned networks begin with whole blocks: LayerScale 1, where it begins near 0."""
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(1.0)
 
 
 def own_size(size, backbone):

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import runtime
 import segmenter
-from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models,
-                       named_files, open_backbone)
+from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, full_layerscale,
+                       list_models, named_files, open_backbone)
 from exchange import read_predicted_masks
 from kernels import all_reduce
 from mask_report import circumference_table, compare_masks, mask_class_table
@@ -212,13 +212,6 @@ def fine_tune(backbone, info, data, args, seed, path, folder, device, rank, worl
          teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
          head={key: value for key, value in state.items() if key.startswith("decoder.")})
     return scores, best
-
-
-def full_layerscale(backbone):
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if name.endswith("gamma"):
-                parameter.fill_(1.0)
 
 
 def run_models(models, like, data, draws, args, device, rank, world_size, received):

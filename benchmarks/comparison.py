@@ -26,7 +26,8 @@ from record import ROOT, record
 from runtime import load_checkpoint
 
 SEEDS = 3
-PROTOCOLS = {"tune": ["--preset", "cpu", "--epochs", "40"], "linear": ["--linear", "--linear_steps", "3000"], "knn": ["--knn"]}
+PROTOCOLS = {"tune": ["--preset", "cpu", "--epochs", "40"], "linear": ["--linear", "--linear_steps", "3000"],
+             "knn": ["--knn"]}
 
 
 def held_out(images, test):
@@ -52,49 +53,32 @@ def write_splits(images, test, path):
     return int(copies.sum())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def get_args(doc, then):
+    """Of this script and of segmentation.py, whose docstring is `doc`; then: what it does with pretrained networks."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     parser.add_argument("data", metavar="DATA", help="folder with busi, pocus and hc18")
     parser.add_argument("out", metavar="OUT", help="folder for lists, pack, checkpoints and results")
-    parser.add_argument("--pretrain", action="store_true", help="pretrain only; without it: score what was pretrained")
+    parser.add_argument("--pretrain", action="store_true", help=f"pretrain only; without it: {then}")
     parser.add_argument("--total_samples", default="30000", help="images seen in each pretraining")
     args = parser.parse_args()
-    data, out = args.data, args.out
-    os.makedirs(out, exist_ok=True)
-    tests = hold_out_both(data, out)
-    sets = {"busi": read_labelled(f"{data}/busi", exclude=MASKS),
-            "pocus": read_labelled(f"{data}/pocus/labels.csv")}
-    copies = {name: write_splits(images, tests[name], f"{out}/{name}.csv") for name, images in sets.items()}
+    os.makedirs(args.out, exist_ok=True)
+    return args
 
-    folders = [f"{out}/seed{seed}" for seed in range(SEEDS)]
-    training = [["python", "pack.py", data, f"{out}/frames.pack", "--exclude", *MASKS, "--group_regex", GROUP, "--holdout",
+
+def pretraining(args, tests):
+    """Folders of the pretrained networks, and the commands that make them of all frames that no CSV of `tests` lists."""
+    folders, pack = [f"{args.out}/seed{seed}" for seed in range(SEEDS)], f"{args.out}/frames.pack"
+    commands = [["python", "pack.py", args.data, pack, "--exclude", *MASKS, "--group_regex", GROUP, "--holdout",
                  *tests.values(), *FLAGS[:2]]]
-    training += [["python", "pretrain.py", "--data", f"{out}/frames.pack", "--output_dir", folder, "--seed", str(seed),
+    commands += [["python", "pretrain.py", "--data", pack, "--output_dir", folder, "--seed", str(seed),
                   "--total_samples", args.total_samples, "--flip", "horizontal", "--num_workers", "1", *FLAGS[2:]]
                  for seed, folder in enumerate(folders)]
-    if args.pretrain:
-        for words in training:
-            subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
-        return
-    files, scoring = ",".join(f"{folder}/last.pt" for folder in folders), []
-    for name in sets:
-        for protocol, flags in PROTOCOLS.items():
-            random = "scratch" if protocol == "tune" else "random"
-            scoring.append(["python", "finetune_cls.py", "--data", f"{out}/{name}.csv", "--ckpt", f"pretrained={files}",
-                            f"{random}=" + ",".join(["none"] * SEEDS), *flags, "--output_dir", f"{out}/{name}_{protocol}",
-                            "--cache", f"{out}/features", "--latex", f"{out}/{name}_{protocol}.tex"])
-        shots = ["python", "fewshot.py", "--ckpt", f"pretrained={files}", "random=" + ",".join(["none"] * SEEDS), "--data",
-                 tests[name], "--shots", "1", "5", "10", "--cache", f"{out}/features"]
-        scoring.append([*shots, "--json", f"{out}/{name}.json"])
-        scoring.append([*shots, "--outside_fan", "--json", f"{out}/{name}_outside.json"])
-    before = ["The networks were pretrained before, by `python benchmarks/comparison.py DATA OUT --pretrain`, which is:", "", "```",
-              *(f"$ {shlex.join(words)}" for words in training), "```", "",
-              *(f"- {folder}/last.pt: {made(folder)}" for folder in folders), "",
-              "Left out of train and validation, since they look like test images: "
-              + ", ".join(f"{number} of {name}" for name, number in copies.items()) + ". busi names no patients: its "
-              "intervals are over images. A run that was finished before is not trained again: its time is not in the figure."]
-    record(ROOT / "benchmarks/results/comparison.md", "Pretrained, from scratch and at random, on real frames", scoring,
-           [(os.path.abspath(data), "DATA"), (data, "DATA"), (os.path.abspath(out), "OUT"), (out, "OUT")], before)
+    return folders, commands
+
+
+def run(commands):
+    for words in commands:
+        subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
 
 
 def made(folder):
@@ -104,6 +88,45 @@ def made(folder):
         last = json.loads(file.readlines()[-1])
     return (f"commit {checkpoint['commit']}, torch {checkpoint['torch']}, step {checkpoint['step']}, "
             f"{checkpoint['samples']:,} samples, loss {last['loss']:.3f}, dino {last['dino']:.3f}, ibot {last['ibot']:.3f}")
+
+
+def write_results(args, name, title, training, folders, scoring, copies):
+    """Run the commands `scoring` and write benchmarks/results/`name`.md; copies: {set: how many images were left out}."""
+    before = [f"The networks were pretrained before, by `python benchmarks/{name}.py DATA OUT --pretrain`, which is:", "",
+              "```", *(f"$ {shlex.join(words)}" for words in training), "```", "",
+              *(f"- {folder}/last.pt: {made(folder)}" for folder in folders), "",
+              "Left out of train and validation, since they look like test images: "
+              + ", ".join(f"{number} of {own}" for own, number in copies.items()) + ". busi names no patients: its "
+              "intervals are over images. A run that was finished before is not trained again: its time is not in the "
+              "figure."]
+    names = [(path, shown) for own, shown in ((args.data, "DATA"), (args.out, "OUT"))
+             for path in (os.path.abspath(own), own)]
+    record(ROOT / f"benchmarks/results/{name}.md", title, scoring, names, before)
+
+
+def main():
+    args = get_args(__doc__, "score what was pretrained")
+    data, out = args.data, args.out
+    tests = hold_out_both(data, out)
+    sets = {"busi": read_labelled(f"{data}/busi", exclude=MASKS),
+            "pocus": read_labelled(f"{data}/pocus/labels.csv")}
+    copies = {name: write_splits(images, tests[name], f"{out}/{name}.csv") for name, images in sets.items()}
+    folders, training = pretraining(args, tests)
+    if args.pretrain:
+        return run(training)
+    files, nothing, scoring = ",".join(f"{folder}/last.pt" for folder in folders), ",".join(["none"] * SEEDS), []
+    for name in sets:
+        for protocol, flags in PROTOCOLS.items():
+            random = "scratch" if protocol == "tune" else "random"
+            scoring.append(["python", "finetune_cls.py", "--data", f"{out}/{name}.csv", "--ckpt", f"pretrained={files}",
+                            f"{random}={nothing}", *flags, "--output_dir", f"{out}/{name}_{protocol}",
+                            "--cache", f"{out}/features", "--latex", f"{out}/{name}_{protocol}.tex"])
+        shots = ["python", "fewshot.py", "--ckpt", f"pretrained={files}", f"random={nothing}", "--data", tests[name],
+                 "--shots", "1", "5", "10", "--cache", f"{out}/features"]
+        scoring.append([*shots, "--json", f"{out}/{name}.json"])
+        scoring.append([*shots, "--outside_fan", "--json", f"{out}/{name}_outside.json"])
+    write_results(args, "comparison", "Pretrained, from scratch and at random, on real frames", training, folders, scoring,
+                  copies)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from record import ROOT, machine, write_part  # first: it puts the project on the path, whose data.py is not this file
+from record import ROOT, reporter  # first: it puts the project on the path, whose data.py is not this file
 import data
 import phantom
 import pretrain
@@ -322,16 +322,8 @@ def main():
     reading_ms = None
     for part in [name for name in PARTS if name in args.parts]:  # reading first: packing's second table needs it
         title, run = PARTS[part]
-        tables, started = [], time.monotonic()
-
-        def report(caption, rows):
-            tables.append((caption, rows))
-            print(caption, *rows, sep="\n  ", flush=True)
-            command = f"python benchmarks/data.py --parts {' '.join(args.parts)}" + " --quick" * args.quick
-            write_part(args.output, "Measured: data", part, dict(
-                title=title, machine=machine(), command=command, minutes=(time.monotonic() - started) / 60,
-                tables=tables))
-
+        command = f"python benchmarks/data.py --parts {' '.join(args.parts)}" + " --quick" * args.quick
+        report = reporter(args.output, "Measured: data", part, title, command)
         more = {"reading_ms": reading_ms} if part == "packing" else {}
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             found = run(report, folder, **more, **(QUICK[part] if args.quick else {}))

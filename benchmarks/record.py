@@ -96,6 +96,20 @@ def write_part(path, title, part, result):
     Path(f"{path}.md").write_text("\n".join(text))
 
 
+def reporter(path, title, part, subject, command):
+    """report(caption, rows), which prints a table and writes it, with those before, as `part` of `path` at once. Minutes
+    count from here; subject: the part's title, command: how to get it again."""
+    tables, started = [], time.monotonic()
+
+    def report(caption, rows):
+        tables.append((caption, rows))
+        print(caption, *rows, sep="\n  ", flush=True)
+        write_part(path, title, part, dict(title=subject, machine=machine(), command=command,
+                                           minutes=(time.monotonic() - started) / 60, tables=tables))
+
+    return report
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 4:
         sys.exit(__doc__)

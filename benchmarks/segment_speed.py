@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from record import ROOT, machine, write_part  # first: it puts the project on the path
+from record import ROOT, reporter  # first: it puts the project on the path
 import phantom
 import runtime
 import segment
@@ -158,16 +158,8 @@ def main():
     torch.set_num_threads(1)
     for part in args.parts:
         title, run = PARTS[part]
-        tables, started = [], time.monotonic()
-
-        def report(caption, rows):
-            tables.append((caption, rows))
-            print(caption, *rows, sep="\n  ", flush=True)
-            command = f"python benchmarks/segment_speed.py --parts {part}" + " --quick" * args.quick
-            write_part(args.output, "Measured: masks", part, dict(
-                title=title, machine=machine(), command=command, minutes=(time.monotonic() - started) / 60,
-                tables=tables))
-
+        command = f"python benchmarks/segment_speed.py --parts {part}" + " --quick" * args.quick
+        report = reporter(args.output, "Measured: masks", part, title, command)
         run(report, **(QUICK[part] if args.quick else {}))
 
 

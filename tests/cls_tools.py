@@ -1,49 +1,16 @@
-"""What the tests of finetune_cls.py share: a small labelled set, checkpoints of small networks, main() called here."""
-import contextlib
+"""What the tests of finetune_cls.py share: a small labelled set, predictions of others, main() called here."""
 import csv
-import io
-import json
-import sys
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
 
 import finetune_cls
-import kernels
-import runtime
-from model import VisionTransformer
+import stage_tools
+from stage_tools import CONFIG, one_thread, run_main, save_backbone, save_rows  # noqa: F401  some are given on
 
-CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, init_values=0.5)
 CLASSES = ("alpha", "be_ta", "c%l")
 QUICK = ("--epochs", 2, "--batch_size", 10, "--warmup_epochs", 0, "--lr", "1e-3", "--img_size", 16)
 PATIENTS = {"train": 5, "val": 2, "test": 3}  # of each class, with two images each
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Of a network this small, two threads on busy cores mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def save_backbone(path, seed=1, **changes):
-    torch.manual_seed(seed)
-    state = {f"backbone.{key}": value for key, value in VisionTransformer(**CONFIG).state_dict().items()}
-    checkpoint = {"teacher": state, "config": CONFIG, "mean": 0.3, "std": 0.2, "step": 12, "seen": None}
-    runtime.save_checkpoint(path, {**checkpoint, **changes})
-    return path
-
-
-def save_rows(folder, rows, name="set.csv"):
-    with open(folder / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
 
 
 def save_set(folder):
@@ -59,13 +26,13 @@ def save_set(folder):
                 Image.fromarray(grey.astype(np.uint8)).save(folder / name)
                 rows.append(dict(image=name, label=label, group=f"p{k}{patient}", split=split,
                                  machine="one" if patient == 7 and k == 0 else "many"))
-    save_rows(folder, rows, "machines.csv")
-    return save_rows(folder, [{key: row[key] for key in row if key != "machine"} for row in rows])
+    save_rows(folder / "machines.csv", rows)
+    return save_rows(folder / "set.csv", [{key: row[key] for key in row if key != "machine"} for row in rows])
 
 
-def read_rows(folder, split="test"):
-    with open(folder / "set.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["split"] == split]
+def read_rows(folder, *splits):
+    """Of set.csv, without a split those of the test."""
+    return stage_tools.read_rows(folder / "set.csv", *(splits or ["test"]))
 
 
 def save_predictions(path, rows, header, score):
@@ -75,16 +42,4 @@ def save_predictions(path, rows, header, score):
 
 
 def run(folder, *flags, received=()):
-    """main() in this process, in `folder`: what it prints, and its JSON, strictly read (None: it wrote none)."""
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    flags = [str(flag) for flag in flags]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["finetune_cls.py", *flags])
-        patch.setattr(runtime, "stop_on_signals", lambda: received)
-        kernels.use_reference(True)
-        finetune_cls.main(finetune_cls.get_args(flags))
-    path = folder / "cls" / "finetune_cls.json"
-    return out.getvalue(), json.loads(path.read_text(), parse_constant=refuse) if path.exists() else None
+    return run_main(finetune_cls, folder, *flags, received=received)

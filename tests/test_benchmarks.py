@@ -97,10 +97,10 @@ def test_plain_steps_equal_ours(drop_path_rate, centering, clip):
     centers = [torch.zeros(2, 32, dtype=torch.float64) for _ in range(2)]
     for step in range(2):
         micro = micro_of(args, step)
-        drops = list(pretrain.draw_drops(student.backbone, [micro], 0, step, 0))
-        kept = kept_images(drops[0], micro, 2) if drops[0] else (None, None)
+        draws = list(pretrain.draw_drops(student.backbone, [micro], 0, step, 0))
+        kept = kept_images(draws[0][0], micro, 2) if draws[0][0] else (None, None)
         stats = pretrain.train_step(student, teacher, optimizers[0], buffers, centers[0], [micro], VALUES, args, 8,
-                                    drops)
+                                    draws)
         terms = plain.train_step(*theirs, optimizers[1], centers[1], plain.prepare(micro), VALUES, args, kept)
         assert torch.allclose(stats[:4], terms, rtol=1e-5, atol=0) and (terms[:3] > 0).all()
     pairs = {"centers": centers}
@@ -183,6 +183,19 @@ def test_parts_are_merged(tmp_path):
     text = (tmp_path / "new" / "gpu.md").read_text()
     assert text.startswith("# Measured\n") and "## a: first" in text and "second" not in text and "a machine" in text
     assert "| x | n | ok |\n| --- | --- | --- |\n| 0.000123 | 4,096 | no |" in text and "0.1 minutes" in text
+
+
+def test_a_reported_table_is_kept_at_once(tmp_path, capsys):
+    """A benchmark that fails later has lost none of what it found."""
+    path = tmp_path / "speed"
+    report = record.reporter(path, "Measured", "folder", "A folder", "python x.py")
+    report("First.", [{"ms": 1.5}])
+    assert record.read_results(path)["folder"]["tables"] == [["First.", [{"ms": 1.5}]]]
+    report("Second.", [{"ms": 2.5}])
+    found = record.read_results(path)["folder"]
+    assert [caption for caption, _ in found["tables"]] == ["First.", "Second."] and 0 <= found["minutes"] < 1
+    assert (found["title"], found["command"]) == ("A folder", "python x.py") and "commit" in found["machine"]
+    assert "| 2.5 |" in (tmp_path / "speed.md").read_text() and "Second.\n  {'ms': 2.5}\n" in capsys.readouterr().out
 
 
 def test_table_fills_what_a_row_lacks():

@@ -1,5 +1,7 @@
 """Bad input of finetune_cls.py: one sentence that says what is wrong and where, status 2, nothing written."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,29 +9,13 @@ from PIL import Image
 
 import finetune_cls
 import runtime
-from cls_tools import one_thread  # noqa: F401
-from cls_tools import CLASSES, QUICK, read_rows, run, save_backbone, save_predictions, save_rows, save_set
+from cls_tools import CLASSES, QUICK, read_rows, run, save_predictions, save_set
+from stage_tools import one_thread  # noqa: F401
+from stage_tools import (SPLITS, assert_one_sentence, change_row, checkpoint, damage, keep_rows,
+                         output_errors, save_backbone, write)
 
 DATA = ("--data", "set.csv")
-
-
-def rows_of(folder):
-    return [row for split in ("train", "val", "test") for row in read_rows(folder, split)]
-
-
-def change(**values):
-    """set.csv with other values in its fourth row, line 5 of the file."""
-    def prepare(folder):
-        rows = rows_of(folder)
-        rows[3].update(values)
-        save_rows(folder, rows)
-    return prepare
-
-
-def keep(which):
-    def prepare(folder):
-        save_rows(folder, [row for row in rows_of(folder) if which(row)])
-    return prepare
+change, keep = partial(change_row, "set.csv"), partial(keep_rows, "set.csv")  # line 5 is of p01, in train
 
 
 def class_folders(*names):
@@ -41,18 +27,12 @@ def class_folders(*names):
     return prepare
 
 
-def damaged_file(folder):
-    content = bytearray((folder / "a.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "a.pt").write_bytes(content)
-
-
 def foreign_file(folder):
     torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7)}, folder / "a.pt")
 
 
 def diverged_file(folder):
-    state = torch.load(folder / "a.pt", weights_only=True)["teacher"]
+    state = checkpoint(folder / "a.pt")["teacher"]
     save_backbone(folder / "a.pt", teacher={key: value * torch.nan for key, value in state.items()})
 
 
@@ -64,22 +44,9 @@ def predictions(header=("image", *CLASSES), score=lambda row: [0.2, 0.3, 0.5], r
 
 def features(rows=slice(None), **arrays):
     def prepare(folder):
-        names = [row["image"] for row in rows_of(folder)][rows]
+        names = [row["image"] for row in read_rows(folder, *SPLITS)][rows]
         np.savez(folder / "theirs.npz", **{"name": names, "vector": np.ones((len(names), 2), np.float32), **arrays})
     return prepare
-
-
-def foreign_json(folder):
-    (folder / "cls").mkdir()
-    (folder / "cls" / "finetune_cls.json").write_text('{"mine": 1}')
-
-
-def thesis(folder):
-    (folder / "thesis.tex").write_text("\\documentclass{book}\n")
-
-
-def no_image(folder):
-    (folder / "png" / "SECRET000.png").write_text("no image")
 
 
 WITH = (*DATA, "--ckpt", "a.pt", *QUICK)
@@ -90,7 +57,8 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
                                      ["set/3.png", "not in a class folder", "CLASS"]),
     "row without label": (change(label=""), WITH, ["set.csv, line 5", "no label"]),
     "missing file": (change(image="png/9.png"), WITH, ["set.csv, line 5", "png/9.png", "No such file"]),
-    "unreadable image": (no_image, WITH, ["png/SECRET000.png", "cannot be read", "--exclude"]),
+    "unreadable image": (write("png/SECRET000.png", "no image"), WITH,
+                         ["png/SECRET000.png", "cannot be read", "--exclude"]),
     "unknown column": (None, ("--data", "machines.csv", *QUICK),
                        ["machine", "expected image,label[,group][,split]", "--by"]),
     "no such column": (None, (*WITH, "--by", "centre"), ["--by centre", "no such column"]),
@@ -109,7 +77,7 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
                                  ["shares of val", "above 0"]),
     # models
     "no checkpoint": (None, (*DATA, "--ckpt", "other.pt"), ["other.pt", "no such checkpoint"]),
-    "damaged checkpoint": (damaged_file, WITH, ["a.pt", "damaged"]),
+    "damaged checkpoint": (damage("a.pt"), WITH, ["a.pt", "damaged"]),
     "foreign network": (foreign_file, WITH, ["a.pt", "conv1.weight"]),
     "diverged checkpoint": (diverged_file, (*WITH, "--knn"), ["a.pt", "not finite"]),
     "a checkpoint without a name": (None, (*DATA, "--ckpt", "ours="), ["--ckpt 'ours='", "names no file"]),
@@ -148,16 +116,8 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "a rate that is none": (None, (*WITH, "--lr", "nan"), ["--lr must be positive, not nan"]),
     "endless mixup": (None, (*WITH, "--mixup", "inf"), ["--mixup must be at least 0, not inf"]),
     "no decay": (None, (*WITH, "--layer_decay", "-1"), ["--layer_decay must be positive"]),
-    # outputs
-    "foreign json": (foreign_json, WITH, ["cls/finetune_cls.json", "not written by finetune_cls.py"]),
-    "foreign latex": (thesis, (*WITH, "--latex", "thesis.tex"), ["thesis.tex", "not written by finetune_cls.py"]),
-    "latex nowhere": (None, (*WITH, "--latex", "nowhere/t.tex"), ["nowhere/t.tex", "folder does not exist"]),
-    "output folder is a file": (None, (*WITH, "--output_dir", "set.csv"), ["set.csv", "File exists"]),
+    **output_errors(finetune_cls, "cls", WITH, "set.csv"),
 }
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("prepare, flags, words", ERRORS.values(), ids=ERRORS)
@@ -166,17 +126,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, prepare, flags, words):
     save_backbone(tmp_path / "a.pt")
     if prepare:
         prepare(tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(SystemExit) as left, runtime.clear_errors():
-        run(tmp_path, *flags)
-    assert left.value.code == 2
-    error = capsys.readouterr().err.strip().split("\n")
-    sentence = error[-1]  # argparse puts its usage above
-    assert "error: " in sentence and all(word in sentence for word in words), sentence
-    assert len(error) == 1 or error[0].startswith("usage: ")
-    written = {path.name for path in contents(tmp_path).keys() - before.keys()}
-    assert written <= ({"split.csv"} if "not finite" in words or "cannot be read" in words else set())
-    assert {path: content for path, content in contents(tmp_path).items() if path in before} == before
+    late = "not finite" in words or "cannot be read" in words  # what must be computed first, or read
+    assert_one_sentence(finetune_cls, tmp_path, flags, words, capsys, ["split.csv"] * late)
 
 
 def test_more_processes_than_pairs(tmp_path, monkeypatch):

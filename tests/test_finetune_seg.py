@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,12 +12,12 @@ import baselines
 import finetune_seg
 import runtime
 import segmenter
-from cls_tools import one_thread  # noqa: F401
-from cls_tools import CONFIG, save_backbone
-from seg_tools import (CLASSES, DATA, QUICK, checkpoint, equal, image_dice, load, masks_of, pooled_f1, predicted,
-                       read_rows, run, save_image, save_rows, save_set, spy)
+from file_tools import save
+from seg_tools import CLASSES, DATA, QUICK, image_dice, load, masks_of, pooled_f1, predicted, read_rows, run, save_set
+from stage_tools import one_thread  # noqa: F401
+from stage_tools import (CONFIG, SPLITS, StopAfter, assert_a_signal_is_heeded, assert_same_run, assert_same_table,
+                         checkpoint, command, equal, read_log, report_of, save_backbone, save_rows, spy)
 
-SCRIPT = pathlib.Path(finetune_seg.__file__).resolve()
 CPU = torch.device("cpu")
 BASIC = (*DATA, "--ckpt", "a.pt", *QUICK)
 
@@ -58,7 +54,7 @@ def test_best_step_is_the_first_maximum_of_validation(folder, monkeypatch, dices
     assert not equal(states[0], states[1])
     saved = checkpoint(folder / "seg" / "a-seed0.pt")
     assert equal({**saved["teacher"], **saved["head"]}, states[number])
-    records = [json.loads(line) for line in open(folder / "seg" / "a-seed0.jsonl")]
+    records = read_log(folder / "seg" / "a-seed0.jsonl")
     assert [record["step"] for record in records] == [2, 4, 5]
     assert [record["validation Dice"] for record in records] == list(dices)
 
@@ -67,7 +63,7 @@ def test_the_log_has_mean_losses(folder, monkeypatch):
     losses = []
     spy(monkeypatch, segmenter, "train_step", lambda *_, result: losses.append(result.item()))
     run(folder, *BASIC, "--iters", 5)
-    records = [json.loads(line) for line in open(folder / "seg" / "a-seed0.jsonl")]
+    records = read_log(folder / "seg" / "a-seed0.jsonl")
     expected = [np.mean(losses[:2]), np.mean(losses[2:4]), losses[4]]
     np.testing.assert_allclose([record["loss"] for record in records], expected, rtol=1e-5)
 
@@ -111,18 +107,6 @@ def test_train_images_are_seen_with_their_masks_and_no_others(folder, monkeypatc
     assert len(seen) == 20
 
 
-class StopAfter(list):
-    """Signals, as runtime.stop_on_signals returns them: one comes in the given step of this process."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.steps = steps
-
-    def __bool__(self):
-        self.steps -= 1
-        return self.steps <= 0
-
-
 def fine_tune(folder, name, received, *flags):
     """finetune_seg.fine_tune alone, as main() calls it."""
     args = arguments(folder, *flags)
@@ -142,10 +126,8 @@ def test_a_stopped_and_resumed_run_is_bit_equal(folder, stops, capsys):
     resumed, resumed_best = fine_tune(folder, "cut", [], *flags)
     assert equal(whole, resumed) and best == resumed_best
     assert f"resuming {folder}/cut.pt at step {sum(stops)}" in capsys.readouterr().out
-    a, b = checkpoint(folder / "whole.pt"), checkpoint(folder / "cut.pt")
-    assert equal(a["teacher"], b["teacher"]) and equal(a["head"], b["head"])
-    logs = [[json.loads(line) for line in open(folder / f"{name}.jsonl")] for name in ("whole", "cut")]
-    assert logs[0] == logs[1] and [record["step"] for record in logs[0]] == [3, 6, 7]
+    log = assert_same_run(folder / "whole", folder / "cut")
+    assert [record["step"] for record in log] == [3, 6, 7]
     for mask in (folder / "whole").rglob("*.png"):
         assert mask.read_bytes() == (folder / "cut" / mask.relative_to(folder / "whole")).read_bytes()
 
@@ -164,32 +146,25 @@ def test_drop_path_is_in_the_training(folder):
 
 
 def test_a_signal_ends_the_command_and_the_same_command_goes_on(folder):
-    output, report = run(folder, *BASIC, received=StopAfter(2))
-    assert report is None and output.endswith("stopped before the end: the same command goes on\n")
-    output, report = run(folder, *BASIC)
-    assert "at step 2\n" in output and report["models"]["a"]["runs"] == 1
+    assert_a_signal_is_heeded(finetune_seg, folder, *BASIC)
 
 
 def test_a_finished_run_is_not_trained_again(folder, monkeypatch):
     flags = (*DATA, "--ckpt", "a.pt", "none", *QUICK)
-    output, report = run(folder, *flags)
+    first = run(folder, *flags)
     monkeypatch.setattr(segmenter, "train_step", None)  # cannot be called
     before = predicted(folder, "a-seed0")
     shutil.rmtree(folder / "seg" / "masks" / "a-seed0")  # predicted once more, with the best step's weights
-    again, same = run(folder, *flags)
-    assert same["models"] == report["models"] and same["chosen"] == report["chosen"]
-    assert again.split("\ntest: ")[1] == output.split("\ntest: ")[1]
+    assert_same_table(first, run(folder, *flags))
     assert all(map(np.array_equal, predicted(folder, "a-seed0"), before)) and len(before) == 6
-    third, _ = run(folder, *flags)
-    assert third.split("\ntest: ")[1] == output.split("\ntest: ")[1]
+    assert_same_table(first, run(folder, *flags))
 
 
 def test_a_finished_run_is_scored_again_where_scores_are_others(folder, monkeypatch):
     """Sizes of pixels or another tolerance change no weights, but every distance."""
     _, report = run(folder, *BASIC)
     monkeypatch.setattr(segmenter, "train_step", None)
-    rows = [row for split in ("train", "val", "test") for row in read_rows(folder, split)]
-    save_rows(folder / "mm.csv", [dict(image=row["image"], mm="0.5") for row in rows])
+    save_rows(folder / "mm.csv", [dict(image=row["image"], mm="0.5") for row in read_rows(folder, *SPLITS)])
     _, lengths = run(folder, *BASIC, "--pixel_sizes", "mm.csv", "--tolerance", 1)
     assert report["unit"] == "pixels" and lengths["unit"] == "mm"
     a, b = (own["models"]["a"]["scores"] for own in (report, lengths))
@@ -280,7 +255,7 @@ def test_own_masks_are_given_as_others_are_taken(folder):
     shutil.copytree(folder / "seg" / "masks" / "a-seed0", folder / "theirs")
     for row in read_rows(folder):
         shutil.copy(folder / "set" / row["image"].replace("images", "masks"), folder / "truth.png")
-        save_image(folder / "perfect" / row["image"], load(folder / "truth.png"))
+        save(folder / "perfect" / row["image"], load(folder / "truth.png"))
     output, second = run(folder, *BASIC, "--predictions", "again=theirs", "perfect", "both=theirs,perfect")
     assert list(second["models"]) == ["a", "again", "perfect", "both"]
     assert second["models"]["again"]["scores"] == first["models"]["a"]["scores"]
@@ -360,10 +335,10 @@ def test_heads_are_measured_in_millimetres(tmp_path):
     for i in range(15):
         image, mask, around = head(rng)
         mm = 0.1 + 0.01 * i
-        save_image(tmp_path / "hc" / "training_set" / f"{i:03}_HC.png", image)
-        save_image(tmp_path / "hc" / "training_set" / f"{i:03}_HC_Mask.png", 255 * mask)
-        save_image(tmp_path / "perfect" / "training_set" / f"{i:03}_HC.png", mask)
-        save_image(tmp_path / "empty" / "training_set" / f"{i:03}_HC.png", 0 * mask)
+        save(tmp_path / "hc" / "training_set" / f"{i:03}_HC.png", image)
+        save(tmp_path / "hc" / "training_set" / f"{i:03}_HC_Mask.png", 255 * mask)
+        save(tmp_path / "perfect" / "training_set" / f"{i:03}_HC.png", mask)
+        save(tmp_path / "empty" / "training_set" / f"{i:03}_HC.png", 0 * mask)
         rows.append({"filename": f"{i:03}_HC.png", "pixel size(mm)": f"{mm}",
                      "head circumference (mm)": f"{around * mm}"})
     save_rows(tmp_path / "hc" / "training_set_pixel_size_and_HC.csv", rows)
@@ -385,24 +360,11 @@ def test_heads_are_measured_in_millimetres(tmp_path):
 
 # ---------------------------------------------------------------- the command
 
-def command(folder, *flags, processes=1):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] * (processes > 1)
-    start = [sys.executable, *torchrun, SCRIPT, *map(str, flags)]
-    return subprocess.run(start, cwd=folder, env=env, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(folder):
     """Without drop path and dropout, which are of a process's own; and once more from what is saved."""
-    flags = (*DATA, "--ckpt", "a.pt", "none", *QUICK, "--drop_path_rate", 0, "--decoder", "linear", "--output_dir")
-    reports = []
-    for processes in (1, 2):
-        done = command(folder, *flags, processes, processes=processes)
-        assert done.returncode == 0, done.stderr
-        reports.append(json.loads((folder / str(processes) / "finetune_seg.json").read_text()))
-    one, two = reports
+    flags = (*DATA, "--ckpt", "a.pt", "none", *QUICK, "--drop_path_rate", 0, "--decoder", "linear")
+    one, two = reports = [report_of(finetune_seg, folder, *flags, processes=processes) for processes in (1, 2)]
     assert one["models"].keys() == two["models"].keys()
     for name in one["models"]:
         for score in one["order"]:
@@ -412,15 +374,13 @@ def test_two_processes_give_the_table_of_one(folder):
         a, b = (load(folder / str(number) / "masks" / "a-seed0" / row["image"]) for number in (1, 2))
         assert (a != b).mean() < 0.01
     shutil.rmtree(folder / "2" / "masks")
-    done = command(folder, *flags, 2, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "2" / "finetune_seg.json").read_text())["models"] == two["models"]
+    assert report_of(finetune_seg, folder, *flags, processes=2)["models"] == two["models"]
     assert len(list((folder / "2" / "masks").rglob("*.png"))) == 12
 
 
 @pytest.mark.slow
 def test_without_flags_phantoms_are_learned(tmp_path):
-    done = command(tmp_path)
+    done = command(finetune_seg, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "phantom images: a smoke test of the code" in done.stdout and "from scratch" in done.stdout
     report = json.loads((tmp_path / "seg" / "finetune_seg.json").read_text())

@@ -1,5 +1,7 @@
 """Bad input of finetune_seg.py: one sentence that says what is wrong and where, status 2, nothing written."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,49 +9,26 @@ import torch
 import finetune_seg
 import runtime
 import segmenter
-from cls_tools import one_thread  # noqa: F401
-from cls_tools import save_backbone
-from seg_tools import DATA, NAMED, QUICK, draw, load, read_rows, run, save_image, save_rows, save_set
+from file_tools import save
+from seg_tools import DATA, NAMED, QUICK, draw, load, read_rows, run, save_set
+from stage_tools import one_thread  # noqa: F401
+from stage_tools import (assert_one_sentence, change_row, checkpoint, damage, keep_rows, output_errors, save_backbone,
+                         write)
 
 WITH = (*DATA, "--ckpt", "a.pt", *QUICK)
 TEST, TRAIN = "SECRET0_0.png", "SECRET1_0.png"
+splits, keep = partial(change_row, "split.csv"), partial(keep_rows, "split.csv")  # line 5 is of p3, in train
 
 
 def change(name, pixels):
     """Other pixels in a file of set/."""
     def prepare(folder):
-        save_image(folder / "set" / name, np.array(pixels(load(folder / "set" / name))))
+        save(folder / "set" / name, np.array(pixels(load(folder / "set" / name))))
     return prepare
 
 
 def remove(name):
     return lambda folder: (folder / "set" / name).unlink()
-
-
-def write(name, text):
-    def prepare(folder):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return prepare
-
-
-def rows_of(folder):
-    return [row for split in ("train", "val", "test") for row in read_rows(folder, split)]
-
-
-def splits(**values):
-    """Other values in the fourth row of split.csv, line 5 of the file, of the second train patient."""
-    def prepare(folder):
-        rows = rows_of(folder)
-        rows[3].update(values)
-        save_rows(folder / "split.csv", rows)
-    return prepare
-
-
-def keep(which):
-    def prepare(folder):
-        save_rows(folder / "split.csv", [row for row in rows_of(folder) if which(row)])
-    return prepare
 
 
 def few_groups(n):
@@ -58,8 +37,8 @@ def few_groups(n):
         rng = np.random.default_rng(1)
         for i in range(n):
             image, mask = draw(rng, True, (18, 18))
-            save_image(folder / "few" / "images" / f"{i}.png", image)
-            save_image(folder / "few" / "masks" / f"{i}.png", mask)
+            save(folder / "few" / "images" / f"{i}.png", image)
+            save(folder / "few" / "masks" / f"{i}.png", mask)
     return prepare
 
 
@@ -68,7 +47,7 @@ def without_class(k):
     def prepare(folder):
         for path in (folder / "set" / "masks").iterdir():
             mask = load(path)
-            save_image(path, np.where(mask == k, 0, mask).astype(np.uint8))
+            save(path, np.where(mask == k, 0, mask).astype(np.uint8))
     return prepare
 
 
@@ -77,7 +56,7 @@ def nothing_in(split):
     def prepare(folder):
         for row in read_rows(folder, split):
             path = folder / "set" / row["image"].replace("images", "masks")
-            save_image(path, 0 * load(path))
+            save(path, 0 * load(path))
     return prepare
 
 
@@ -86,14 +65,8 @@ def theirs(pixels=lambda mask: mask, names=slice(None)):
     def prepare(folder):
         for row in read_rows(folder)[names]:
             mask = load(folder / "set" / row["image"].replace("images", "masks"))
-            save_image(folder / "theirs" / row["image"], pixels(mask))
+            save(folder / "theirs" / row["image"], pixels(mask))
     return prepare
-
-
-def damaged(folder):
-    content = bytearray((folder / "a.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "a.pt").write_bytes(content)
 
 
 def empty_folder(folder):
@@ -131,7 +104,7 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "too many groups": (None, (*WITH, "--shots", 6, "--shots_by", "group"), ["--shots 6: there are 5 train groups"]),
     # models and predictions
     "no checkpoint": (None, (*DATA, "--ckpt", "other.pt"), ["other.pt", "no such checkpoint"]),
-    "damaged checkpoint": (damaged, WITH, ["a.pt", "damaged"]),
+    "damaged checkpoint": (damage("a.pt"), WITH, ["a.pt", "damaged"]),
     "two models of one name": (None, (*DATA, "--ckpt", "x=a.pt", "x=none"), ["two models are called 'x'", "NAME=FILE"]),
     "no predictions": (None, THEIRS, ["theirs", "not a folder"]),
     "predictions lack an image": (theirs(names=slice(1, None)), THEIRS, ["theirs", "1 of 6 masks", f"images/{TEST}"]),
@@ -150,22 +123,12 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "negative Dice": (None, (*WITH, "--dice_weight", -1), ["--dice_weight must be at least 0"]),
     "no rate": (None, (*WITH, "--lr", 0), ["--lr must be positive"]),
     "all is dropped": (None, (*WITH, "--drop_path_rate", 1), ["--drop_path_rate is a share"]),
-    # outputs
-    "foreign json": (write("seg/finetune_seg.json", '{"mine": 1}'), WITH,
-                     ["seg/finetune_seg.json", "not written by finetune_seg.py"]),
-    "foreign latex": (write("thesis.tex", "\\documentclass{book}\n"), (*WITH, "--latex", "thesis.tex"),
-                      ["thesis.tex", "not written by finetune_seg.py"]),
-    "latex nowhere": (None, (*WITH, "--latex", "nowhere/t.tex"), ["nowhere/t.tex", "folder does not exist"]),
-    "output folder is a file": (None, (*WITH, "--output_dir", "split.csv"), ["split.csv", "File exists"]),
+    **output_errors(finetune_seg, "seg", WITH, "split.csv"),
 }
 FLAGS = dict(masks="m", mask_pattern="{}_m.png", classes="head", exclude="*.jpg", group_regex="(.)", split="s.csv",
              pixel_sizes="mm.csv")
 ERRORS.update({f"--{name} without --data": (None, (f"--{name}", value), [f"--{name}", "need --data"])
                for name, value in FLAGS.items()})
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("prepare, flags, words", ERRORS.values(), ids=ERRORS)
@@ -174,17 +137,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, prepare, flags, words):
     save_backbone(tmp_path / "a.pt")
     if prepare:
         prepare(tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(SystemExit) as left, runtime.clear_errors():
-        run(tmp_path, *flags)
-    assert left.value.code == 2
-    error = capsys.readouterr().err.strip().split("\n")
-    sentence = error[-1]  # argparse puts its usage above
-    assert "error: " in sentence and all(word in sentence for word in words), sentence
-    assert len(error) == 1 or error[0].startswith("usage: ")
-    written = {path.name for path in contents(tmp_path).keys() - before.keys()}
-    assert written <= ({"split.csv"} if f"images/{TRAIN}" in words else set())  # images are read when they are needed
-    assert {path: content for path, content in contents(tmp_path).items() if path in before} == before
+    late = f"images/{TRAIN}" in words  # images are read when they are needed
+    assert_one_sentence(finetune_seg, tmp_path, flags, words, capsys, ["split.csv"] * late)
 
 
 def test_more_processes_than_images_in_a_batch(tmp_path, monkeypatch):
@@ -205,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, save_every):
     with pytest.raises(ValueError, match=r"a.pt, step \d: the loss is not finite; a lower --lr"):
         run(tmp_path, *flags)
     for path in (tmp_path / "seg").glob("*.pt"):
-        state = torch.load(path, weights_only=True)["network"]
+        state = checkpoint(path)["network"]
         assert all(value.isfinite().all() for value in state.values())
 
 

@@ -1,7 +1,6 @@
 """What finetune_seg.py writes: table, JSON, LaTeX, pictures, checkpoints, and nothing of the images' names."""
 
 import hashlib
-import re
 import shutil
 
 import numpy as np
@@ -10,11 +9,10 @@ import sklearn.metrics
 import torch
 
 import finetune_seg
-from cls_tools import one_thread  # noqa: F401
-from cls_tools import save_backbone
 from leakage import content_hash
-from seg_tools import DATA, QUICK, checkpoint, load, masks_of, predicted, read_rows, run, save_set, spy
-from weights import load_backbone
+from seg_tools import DATA, QUICK, load, masks_of, predicted, read_rows, run, save_set
+from stage_tools import one_thread  # noqa: F401
+from stage_tools import assert_files_hold_no_names, assert_latex_is_whole, checkpoint, moved, save_backbone, spy
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +54,7 @@ def test_files_and_their_overlap_with_pretraining_are_told(finished):
 
 def test_latex_is_whole(finished):
     folder, _, report = finished
-    text = (folder / "table.tex").read_text()
-    bare = re.sub(r"\\[\\%&_#${}]", "", text).replace(r"$\pm$", "")
-    assert bare.count("{") == bare.count("}") and not re.search("[#$^~]", bare)
-    assert re.findall(r"\\(begin|end)\{(\w+)\}", text) == [("begin", "table"), ("begin", "tabular"), ("end", "tabular"),
-                                                           ("end", "table")]
-    assert text.startswith("% written by finetune_seg.py\n") and "_" not in text.replace("\\_", "").split("\n", 1)[1]
+    text = assert_latex_is_whole(folder / "table.tex", finetune_seg)
     for score in report["order"]:
         assert score.replace("[", "{[}") in text
     assert r"their\_s" in text and "UPerNet on four blocks" in text
@@ -87,20 +80,14 @@ def test_overlays_show_best_median_and_worst(tmp_path, monkeypatch):
 
 def test_no_name_of_an_image_is_in_a_checkpoint(finished):
     folder, *_ = finished
-    files = list((folder / "seg").glob("*.pt"))
-    assert len(files) == 2
-    for file in files:
-        content = file.read_bytes()
-        assert b"SECRET" not in content and b"split.csv" not in content and b"bo_x" in content
+    assert_files_hold_no_names(folder / "seg", 2, [b"SECRET", b"split.csv"], b"bo_x")
 
 
 def test_a_fine_tuned_file_is_a_backbone(finished):
     folder, *_ = finished
-    model, info = load_backbone(str(folder / "seg" / "a_b_c-seed0.pt"))
+    model, info, names = moved(folder / "seg" / "a_b_c-seed0.pt", folder / "a_b%c.pt")
     assert (info["mean"], info["std"]) == (0.3, 0.2) and model.in_chans == 1
-    start, _ = load_backbone(str(folder / "a_b%c.pt"))
-    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
-    assert "patch_embed.proj.weight" in moved and "blocks.1.mlp.fc2.weight" in moved
+    assert {"patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"} <= {*names}
     trained = [content_hash(load(folder / "set" / row["image"])) for row in read_rows(folder, "train")]
     saved = checkpoint(folder / "seg" / "from_scratch-seed0.pt")
     assert sorted(saved["seen"]["content"].tolist()) == sorted(trained)  # all that these weights have seen

@@ -13,11 +13,11 @@ import phantom
 import report
 import seg_data
 import segmenter
-from cls_tools import one_thread  # noqa: F401
-from cls_tools import CONFIG
 from metrics import MASK_SCORES, mask_scores
 from model import VisionTransformer
 from seg_tools import CLASSES, DATA, image_dice, load, masks_of, pooled_f1, read_rows, save_set
+from stage_tools import one_thread  # noqa: F401
+from stage_tools import CONFIG
 
 CPU = torch.device("cpu")
 

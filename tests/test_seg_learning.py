@@ -11,8 +11,8 @@ from PIL import Image
 
 import phantom
 import segmenter
-from cls_tools import one_thread  # noqa: F401
 from model import VisionTransformer
+from stage_tools import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 
