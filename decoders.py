@@ -65,10 +65,11 @@ class ConvReLU(nn.Module):
 class PixelClassifier(nn.Conv2d):
     """1x1 convolution to K logits, in float32 at least: they are resized before they are compared."""
 
-    def __init__(self, dim, n_classes, std=0.01):
-        super().__init__(dim, n_classes, 1)
+    def __init__(self, dim, n_classes, std=0.01, bias=True):
+        super().__init__(dim, n_classes, 1, bias=bias)
         nn.init.normal_(self.weight, std=std)
-        nn.init.zeros_(self.bias)
+        if bias:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):

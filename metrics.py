@@ -1,4 +1,4 @@
-"""Scores of labels, and of masks in pixels and millimetres, in numpy.
+"""Scores of labels, of boxes, and of masks in pixels and millimetres, in numpy.
 
 Every classification score but AUROC is a function of a confusion matrix, counts (..., K, K) with labels as rows and
 predictions as columns, so that many resampled test sets are scored by one matrix product. K classes, n test images in
@@ -62,6 +62,23 @@ def macro_f1(confusion):
     So a class that is only ever predicted counts as 0, as in scikit-learn's f1_score(average="macro").
     """
     return mean_ratio(2 * diagonal(confusion), confusion.sum(-1) + confusion.sum(-2))
+
+
+def weighted_f1(confusion):
+    """Mean F1 weighted by the labels of each class, counts (..., K, K) -> (...); nan where there is none."""
+    right, support, predicted = diagonal(confusion), confusion.sum(-1), confusion.sum(-2)
+    return ratio((np.nan_to_num(ratio(2 * right, support + predicted)) * support).sum(-1), support.sum(-1))
+
+
+def matthews(confusion):
+    """Matthews' correlation coefficient of K classes, counts (..., K, K) -> (...) from -1 to 1 (Gorodkin 2004).
+
+    0 where all labels, or all predictions, are of one class, as in scikit-learn's matthews_corrcoef.
+    """
+    support, predicted, n = confusion.sum(-1), confusion.sum(-2), confusion.sum((-2, -1)).astype(np.float64)
+    agreement = diagonal(confusion).sum(-1) * n - (support * predicted).sum(-1)
+    spread = (n ** 2 - (support ** 2).sum(-1)) * (n ** 2 - (predicted ** 2).sum(-1))
+    return np.nan_to_num(ratio(agreement, np.sqrt(spread)))
 
 
 def per_class(confusion):
@@ -185,20 +202,23 @@ def boundary_distances(truth, prediction, spacing=(1, 1)):
     Between pixels' centres, in the unit of spacing, the size of a pixel across and down. An empty mask has no boundary
     pixel, and those of the other one are inf away from it.
     """
-    either = truth | prediction
-    rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
-    if not len(rows):
-        return np.empty(0), np.empty(0)
-    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # beyond it is neither: no new boundary
+    window = _window(truth | prediction)  # beyond it is neither: no new boundary
     a, b = boundary(truth[window]), boundary(prediction[window])
     return _nearest(a, b, spacing), _nearest(b, a, spacing)
 
 
-def _nearest(points, targets, spacing):
+def _window(mask):
+    """The smallest part, two slices, of bool (h, w) that holds all of it; an empty part of an empty one."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if len(rows) else (slice(0), slice(0))
+
+
+def _nearest(points, targets, spacing, enough=0):
     """Distance of each True of points (h, w) to the nearest True of targets (h, w), exactly; inf where there is none.
 
-    First along each column, for all rows at once, then from column to column, left and right of a point at the same
-    time, for as long as the next one could still be nearer. Memory is that of a few images, whatever is in the masks.
+    One up to `enough` may come out as any number from its own to that, which is quicker. First along each column, for
+    all rows at once, then from column to column, left and right of a point at the same time, for as long as the next
+    one could still be nearer. Memory is that of a few images, whatever is in the masks.
     """
     columns = np.flatnonzero(targets.any(0))
     rows, inside = np.arange(len(targets))[:, None], targets[:, columns]
@@ -208,7 +228,8 @@ def _nearest(points, targets, spacing):
     y, x = np.nonzero(points)
     first, best, pending = np.searchsorted(columns, x), np.full(len(y), np.inf), np.arange(len(y))
     for step in range(len(columns)):
-        pending = pending[best[pending] > (step * spacing[0]) ** 2]  # columns not seen yet are at least so far away
+        # columns not seen yet are at least so far away
+        pending = pending[best[pending] > max(step * spacing[0], enough) ** 2]
         if not len(pending):
             break
         for column in (first[pending] + step, first[pending] - 1 - step):
@@ -223,6 +244,26 @@ def hd95(to_prediction, to_truth, farthest):
     if not len(to_prediction) or not len(to_truth):
         return farthest if len(to_prediction) or len(to_truth) else np.nan
     return float(max(np.percentile(to_prediction, 95), np.percentile(to_truth, 95)))
+
+
+def hausdorff(truth, prediction, farthest):
+    """Hausdorff distance in pixels of two sets of pixels, bool (h, w) each; `farthest` if one is empty, nan if both.
+
+    The larger of both ways: how far from the other one the pixel is that is furthest from it, centre to centre. All
+    pixels count, not boundaries alone: the middle of a disk is far from a ring around it, though their rims are close.
+    """
+    if not truth.any() or not prediction.any():
+        return farthest if truth.any() or prediction.any() else np.nan
+    window = _window(truth | prediction)
+    truth, prediction = truth[window], prediction[window]
+    found = 0.0
+    for step in (16, 1):  # a sixteenth of the rows and columns tells which of the others need not be followed
+        for points, targets in ((truth, prediction), (prediction, truth)):
+            sample = np.zeros_like(points)
+            sample[::step, ::step] = (points & ~targets)[::step, ::step]
+            if sample.any():
+                found = max(found, float(_nearest(sample, targets, (1, 1), found).max()))
+    return found
 
 
 def surface_dice(to_prediction, to_truth, tolerance):
@@ -262,6 +303,19 @@ def checked_pixel_size(mm):
     if mm.shape != (2,) or not np.isfinite(mm).all() or mm.min() <= 0:
         raise ValueError(f"the size of a pixel is {mm}: expected two lengths in mm, across and down")
     return mm
+
+
+# ---------------------------------------------------------------- boxes
+
+def box_iou(a, b):
+    """Boxes (..., 4), x_min, y_min, x_max, y_max -> intersection over union (...); 0 where the union is empty.
+
+    A box whose sides are swapped, x_max < x_min, holds nothing.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]  # of swapped sides it does not matter: both is 0
+    both = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0).prod(-1)
+    return np.nan_to_num(ratio(both, areas[0] + areas[1] - both))
 
 
 # ---------------------------------------------------------------- ellipses

@@ -1,0 +1,441 @@
+"""Many tasks: one network with task-conditioned experts for segmentation, classification, boxes and landmarks at once.
+
+M2DINO (arXiv 2603.18123) on FMC_UIA's data as downloaded, or your own in its layout, in its three paradigms: a model
+per task, per clinical group, or one for all. Each network is chosen by its mean normalised validation score and scored
+once on the test groups; the runs of one folder make one table of what training together gains or loses.
+
+    python finetune_multi.py                                            # phantoms, four tasks: one by one, and together
+    python finetune_multi.py --data FMC_UIA --ckpt dinov3_vits16.pth --paradigm task clinical all --seeds 3
+    torchrun --nproc_per_node 8 finetune_multi.py --data FMC_UIA --ckpt last.pt
+    python finetune_multi.py --data FMC_UIA_VAL --ckpt multi/all-seed0.pt --predict submission
+"""
+
+import argparse
+import json
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import multi_data
+import multi_train
+import runtime
+from baselines import DEFAULT_SIZE, common_network, full_layerscale, list_models, open_backbone
+from challenge import challenge_scores, leaderboard, sound_scores, table
+from kernels import all_reduce
+from leakage import overlap
+from model import SIZES
+from multi_predict import predict_all
+from multi_report import Truth, compare_paradigms, methods_sentences, table_of_paradigms
+from plots import gates_png
+from report import check_output, count, find_copies, number, slug, write_json, write_split
+from runtime import cosine_schedule
+from segmenter import batches
+from weights import merge_seen
+
+SCRIPT = "finetune_multi.py"
+PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound."
+PARADIGMS = ("task", "clinical", "all")
+SIDES = ("fetal_head_pos_cls", "fetal_sacral_pos_cls", "cardiac_multi", "cervix_multi", "head_symphysis_multi")
+PRESETS = {
+    "m2dino": {},
+    "cpu": dict(arch="vit_micro", img_size=64, iters=100, batch_size=16, lr=2e-3, backbone_lr=1e-3, channels=32,
+                val_every=25, save_every=100, paradigm=["task", "all"]),
+}
+# may differ between a run and its resumption; what the images and checkpoints are is checked by their digests
+NOT_RECIPE = {"data", "tasks", "group_regex", "groups", "skip_wrong_rows", "val_fraction", "test_fraction", "test_seed",
+              "paradigm", "ckpt", "seeds", "seed", "output_dir", "save_every", "preset", "eval_batch_size", "predict"}
+
+
+def get_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, help="recipe; m2dino with --data, else cpu")
+    first.add_argument("--data", help="folder with csv_files/, as FMC_UIA is downloaded; without it phantoms")
+    chosen, _ = first.parse_known_args(argv)
+    preset = chosen.preset or ("m2dino" if chosen.data else "cpu")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction)
+    # data
+    add("--tasks", nargs="+", metavar="TASK", help="only these")
+    add("--group_regex", help="first capture in an image's path is its patient, clip or examination")
+    add("--groups", metavar="FILE.csv", default=os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                                                             "fmc_uia_groups.csv"),
+        help="task,group: clinical groups, of --paradigm clinical and of the table")
+    add("--skip_wrong_rows", **flag, default=False, help="leave out rows that are wrong, instead of stopping")
+    add("--val_fraction", type=float, default=0.1, help="share of groups kept for validation")
+    add("--test_fraction", type=float, default=0.2, help="share of groups kept for the test")
+    add("--test_seed", type=int, default=0, help="of the groups drawn for validation and test")
+    # model
+    add("--paradigm", nargs="+", choices=PARADIGMS, default=["all"], help="a model per task, per clinical group, or for all")
+    add("--ckpt", nargs="+", metavar="FILE", help="backbone to start from, or none; with --predict finished runs; default: "
+        "last.pt if it is here, else none")
+    add("--arch", choices=SIZES, default="vit_small", help="of `none`, which is made as DINOv3's")
+    add("--img_size", type=int, default=256, help="side that images are squashed to, but for the nearest multiple of a patch")
+    add("--experts", type=int, default=4, help="of each mixture; 1 is the dense network")
+    add("--moe_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks with experts, from 0; default: the second half")
+    add("--top_k", type=int, help="experts that a token meets; default: all, weighed by the gate")
+    add("--balance_weight", type=float, default=0.01, help="of the loss that keeps experts busy; with --top_k only")
+    add("--task_dim", type=int, default=64, help="width of a task's embedding")
+    add("--channels", type=int, default=128, help="of the DPT decoder and the box heads")
+    # training
+    add("--iters", type=int, default=2000, help="steps of each task, in every paradigm")
+    add("--batch_size", type=int, default=16, help="images per step, all of one task, over all processes")
+    add("--lr", type=float, default=1e-4, help="learning rate of heads and experts; of all from scratch")
+    add("--backbone_lr", type=float, default=1e-5, help="of the pretrained rest")
+    add("--warmup_fraction", type=float, default=0.05, help="of the learning rates, share of the run; then cosine to 0")
+    add("--weight_decay", type=float, default=0.05, help="AdamW's, but for biases, norms and LayerScale")
+    add("--clip_grad", type=float, default=1.0, help="largest gradient norm")
+    add("--rope_rescale", type=float, default=1.0, help="largest factor of patch coordinates in training; DINOv3's is 2")
+    add("--augment", **flag, default=True, help="light, gamma, noise, grid, affine, flip")
+    add("--no_flip", nargs="*", default=list(SIDES), metavar="TASK", help="labels that tell left from right; landmarks never are")
+    add("--val_every", type=int, default=200, help="steps of each task between validations, of which the best counts")
+    add("--seeds", type=int, default=1, help="training seeds; their mean is scored")
+    add("--seed", type=int, default=0, help="the first of them, and of the statistics")
+    # the run
+    add("--predict", metavar="OUT", help="write the challenge's submission for the images of --data, and stop")
+    add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
+    add("--eval_batch_size", type=int, default=32, help="images per forward pass where nothing is learned")
+    add("--output_dir", default="multi", help="where everything goes; the same command again resumes")
+    add("--save_every", type=int, default=200, help="steps of each task between checkpoints")
+    p.set_defaults(**PRESETS[preset], preset=preset)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    if args.data is None and (args.group_regex or args.skip_wrong_rows or args.predict):
+        p.error("--group_regex, --skip_wrong_rows and --predict need --data: phantoms have no files")
+    if args.predict and not args.ckpt:
+        p.error("--predict needs --ckpt: finished runs of this script that have the tasks of --data")
+    if not args.predict and len(args.ckpt or ()) > 1:
+        p.error("--ckpt: one backbone to start from; several runs are for --predict")
+    for name, least in dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1,
+                            val_every=1, img_size=1, weight_decay=0, experts=1, task_dim=1, channels=32, backbone_lr=0,
+                            balance_weight=0, rope_rescale=1, top_k=1).items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < float("inf"):
+            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name in ("val_fraction", "test_fraction", "warmup_fraction"):
+        if not 0 <= getattr(args, name) < 1:
+            p.error(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}")
+    for name in ("lr", "clip_grad"):
+        if not 0 < getattr(args, name) < float("inf"):
+            p.error(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.channels % 32:  # half of them in groups of 16
+        p.error(f"--channels must be a multiple of 32, not {args.channels}")
+    if args.top_k is not None and args.top_k > args.experts:
+        p.error(f"--top_k {args.top_k}: there are {args.experts} experts")
+    args.paradigm = list(dict.fromkeys(args.paradigm))
+
+
+# ---------------------------------------------------------------- one network
+
+def networks(paradigm, tasks, clinical):
+    """{name of a network: numbers of its tasks}. One of a single task is called alike in all paradigms: it is the same
+    run, and is trained once."""
+    everything = list(range(len(tasks)))
+    if paradigm == "task":
+        groups = {task.name: [i] for i, task in enumerate(tasks)}
+    elif paradigm == "all":
+        groups = {"all": everything}
+    else:
+        groups = {}
+        for i, task in enumerate(tasks):
+            groups.setdefault(clinical[task.name], []).append(i)
+    return {f"task-{slug(tasks[own[0]].name)}" if len(own) == 1 else "all" if own == everything
+            else f"clinical-{slug(group)}": own for group, own in groups.items()}
+
+
+def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, world_size, received):
+    """One run: (values of the tasks' test images, best step and scores, gate shares), or None if it was stopped. `path`
+    keeps its state, and at last its best step's weights."""
+    canvases, is_main = data.images.at(args.img_size), rank == 0
+    stats, batch, rounds = (info["mean"], info["std"]), args.batch_size, args.iters
+    tasks, per = [data.tasks[number] for number in numbers], [data.per[number] for number in numbers]
+    how = dict(experts=args.experts, blocks=args.moe_blocks, top_k=args.top_k, task_dim=args.task_dim,
+               channels=args.channels)
+    shares = [multi_data.class_shares(*both) for both in zip(tasks, per)]
+    network, gradients, optimizer = multi_train.build(backbone, tasks, shares, how, seed, device)
+    rates = argparse.Namespace(**{**vars(args), "backbone_lr": args.lr if info["digest"] is None else args.backbone_lr})
+    steps = rounds * len(tasks)
+    share_of_rate = cosine_schedule(1.0, 0.0, steps, round(args.warmup_fraction * steps))
+    turns = multi_train.whose_turn(len(tasks), rounds, seed)
+    guesses = {number: multi_train.guessed_score(data.tasks[number], data.per[number], data) for number in numbers}
+
+    # ---- resume ----
+    identity = {key: value for key, value in vars(rates).items() if key not in NOT_RECIPE}
+    identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
+                    images=multi_data.digest_of(data, numbers, canvases), tasks=[list(task) for task in tasks])
+    saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
+    best, start = {"normalised": -np.inf, "step": 0, "scores": {}, "state": None}, 0
+    if saved and "values" in saved:
+        return saved["values"], saved["best"], saved["gates"]
+    if saved:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        best, start = saved["best"], saved["step"]
+
+    def save(step, **more):
+        if is_main:
+            runtime.save_checkpoint(path, {"step": step, "identity": identity, "best": best, **more})
+
+    # ---- loop ----
+    own = slice(batch * rank // world_size, batch * (rank + 1) // world_size)
+    taken = np.bincount(turns[:start], minlength=len(tasks))  # turns that each task has had
+    sources = [batches(data.units[part.images[part.train]], seed, range(first, rounds), batch)
+               for part, first in zip(per, taken)]
+    losses = torch.tensor(saved["losses"] if saved else [0.0] * len(tasks), device=device)
+    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+    since = time.monotonic()
+    for step in range(start, steps):
+        turn = turns[step]
+        task, part = tasks[turn], per[turn]
+        rows = part.train[next(sources[turn])[own]]
+        x, target = multi_data.make_batch(task, part, canvases, rows, own, seed, taken[turn], batch, args, stats, device)
+        rescale = multi_train.draw_scales(network, args.rope_rescale, seed, step, rank)
+        losses[turn] += multi_train.train_step(network, gradients, optimizer, turn, x, target, batch, share_of_rate[step],
+                                               rates, rescale)
+        taken[turn] += 1
+        bar.update()
+        done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
+        validates = done % (args.val_every * len(tasks)) == 0 or done == steps
+        saves = stop or done % (args.save_every * len(tasks)) == 0
+        if (saves or validates) and not losses.isfinite().all():  # nothing that is not finite is ever saved
+            raise ValueError(f"{path}, step {done}: the loss of "
+                             f"{', '.join(tasks[i].name for i in np.flatnonzero(~losses.isfinite().cpu()))} is not "
+                             f"finite; a lower --lr?")
+        if validates:
+            scores, found, gates = multi_train.validate(network, numbers, data, canvases, guesses, stats, args, device,
+                                                        rank, world_size)
+            if found > best["normalised"]:
+                best = {"normalised": found, "step": done, "scores": scores,
+                        "state": runtime.cpu_copy(network.state_dict())}
+            if is_main:
+                turns_since = ((done // len(tasks) - 1) % args.val_every) + 1
+                each = {task.name: loss / turns_since for task, loss in zip(tasks, losses.tolist())}
+                record = {"step": done, "losses": each, "validation": scores, "normalised": found, "gates": gates,
+                          "lr": float(share_of_rate[step] * args.lr)}
+                runtime.log_line(log_path, bar, record, (
+                    f"step {done}/{steps} | loss {np.mean(list(each.values())):.3f} | validation, normalised "
+                    f"{found:.3f}, best {best['normalised']:.3f} | {time.monotonic() - since:.0f} s"))
+            losses.zero_()
+        if saves:
+            save(done, losses=losses.tolist(), network=runtime.cpu_copy(network.state_dict()),
+                 optimizer=optimizer.state_dict())
+        if stop:
+            bar.close()
+            return None
+    bar.close()
+
+    # ---- test, once, with the best step's weights ----
+    network.load_state_dict(best.pop("state"))
+    network.eval()
+    values, gates = {}, {}
+    for position, (task, part) in enumerate(zip(tasks, per)):
+        found, shares = multi_train.test_values(network, position, task, part, data, canvases, stats, args, device, rank,
+                                                world_size)
+        values[task.name] = {name: torch.from_numpy(value) for name, value in found.items()}
+        if shares is not None:
+            gates[task.name] = torch.from_numpy(shares)
+    state = runtime.cpu_copy(network.state_dict())
+    used = np.unique(np.concatenate([part.images[part.train] for part in per]))
+    seen = {kind: torch.from_numpy(getattr(data.images, kind)[used]) for kind in ("content", "looks")}
+    if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
+        seen = info["seen"] and merge_seen(seen, info["seen"])
+    save(steps, values=values, gates=gates, tasks=[list(task) for task in tasks], network_of=how, config=info["config"],
+         mean=info["mean"], std=info["std"], img_size=args.img_size, seen=seen,
+         teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
+         head={key: value for key, value in state.items() if not key.startswith("backbone.")})
+    if dist.is_initialized():
+        dist.barrier()  # another paradigm may ask for this very run
+    return values, best, gates
+
+
+def run_paradigm(paradigm, model, like, data, args, device, rank, world_size, received):
+    """Every network of a paradigm, every seed: ({task: [values of each run]}, {network: [what was chosen]}, {network:
+    gate shares of the first run}, info of the backbone); stopped by a signal: None."""
+    values, chosen, gates, info = {task.name: [] for task in data.tasks}, {}, {}, None
+    for name, numbers in networks(paradigm, data.tasks, data.clinical).items():
+        for seed in range(args.seed, args.seed + args.seeds):
+            backbone, info = open_backbone(model.paths[0], like, args.arch, seed, pos="rope")
+            if model.paths[0] is None:
+                full_layerscale(backbone)
+            if rank == 0:
+                print(f"{name}: {count(len(numbers), 'task')}, from {info['path']} ({info['family']}), seed {seed}",
+                      flush=True)
+            path = os.path.join(args.output_dir, f"{name}-seed{seed}.pt")
+            found = fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, world_size, received)
+            if found is None:
+                return None
+            for task, own in found[0].items():
+                values[task].append({key: value.numpy() for key, value in own.items()})
+            chosen.setdefault(name, []).append(found[1])
+            gates.setdefault(name, {task: shares.tolist() for task, shares in found[2].items()})
+    return values, chosen, gates, info
+
+
+# ---------------------------------------------------------------- what is said about it
+
+def lists_of(values):
+    """Arrays of one run as lists for JSON, nan as None."""
+    return {name: np.where(np.isnan(value), None, value).tolist() for name, value in values.items()}
+
+
+def arrays_of(lists):
+    return {name: np.array(value, np.float64) for name, value in lists.items()}
+
+
+def truth_of(data):
+    """{task: multi_report.Truth} of the test images."""
+    truth = {}
+    for task, own in zip(data.tasks, data.per):
+        images = own.images[own.test]
+        truth[task.name] = Truth(task.kind, task.K, data.units[images], multi_train.labels_of(task, own, own.test),
+                                 np.hypot(*data.sizes[images].T), multi_train.guess_values(task, own, data, own.test, True))
+    return truth
+
+
+def challenge_table(values, truth, data):
+    """A paradigm's scores as the challenge computes them, and sound ones beside them, as challenge.score_submission has
+    them: means over runs of the test images."""
+    found = {"challenge": {}, "sound": {}, "images": {}, "missing": dict.fromkeys(values, 0)}
+    for task in data.tasks:
+        own, runs = truth[task.name], values[task.name]
+        found["images"][task.name] = len(own.units)
+        for name, each in (("challenge", [challenge_scores(task, run, own.labels) for run in runs]),
+                           ("sound", [sound_scores(task, run, own.labels, own.diagonals) for run in runs])):
+            found[name][task.name] = {score: number(np.mean([one[score] for one in each])) for score in each[0]}
+    return {**found, "leaderboard": leaderboard(found["challenge"], data.tasks)}
+
+
+def read_paradigms(folder, settings):
+    """What finished runs left in `folder`: ({paradigm: {task: [values of each run]}}, sentences on those left out)."""
+    found, notes = {}, []
+    for paradigm in PARADIGMS:
+        path = os.path.join(folder, f"{paradigm}.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                report = json.load(file)
+            differ = sorted(key for key in settings if report["settings"].get(key) != settings[key])
+            if differ:
+                notes.append(f"{path} is of another {', '.join(differ)}: left out of the table")
+            else:
+                found[paradigm] = {task: [arrays_of(run) for run in runs] for task, runs in report["values"].items()}
+    return found, notes
+
+
+def settings_of(data, args, info):
+    """What runs must have in common to be compared: recipe, data, parts, start and seeds."""
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
+    settings.update(images=multi_data.digest_of(data, range(len(data.tasks)), data.images.at(args.img_size)),
+                    start=info["digest"], config=info["config"], seed=args.seed, seeds=args.seeds)
+    return json.loads(json.dumps(settings))
+
+
+def draw_gates(path, gates, blocks, data):
+    """The picture of a network's gates: which experts serve which task, block by block."""
+    tasks = [task.name for task in data.tasks if task.name in gates]
+    shares = np.array([gates[task] for task in tasks])  # (T, L, E)
+    if shares.size:
+        gates_png(path, shares, tasks, [f"block {block}" for block in blocks],
+                  f"mean gates of {'phantom' if data.layout == 'phantoms' else 'test'} images, first run")
+
+
+def parts_of(data):
+    """What report.py asks of a set with one task: the images of each part, whatever task they serve."""
+    parts = {part: np.unique(np.concatenate([own.images[getattr(own, part)] for own in data.per]))
+             for part in ("train", "val", "test")}
+    return argparse.Namespace(**parts, images=data.images, names=data.names)
+
+
+def leak_sentences(info, parts):
+    """Whether test images had been seen before: by the backbone's pretraining, or in train under another name."""
+    if info["digest"] is None:
+        yield "The backbone starts from scratch."
+    else:
+        looks = parts.images.content[parts.test], parts.images.looks[parts.test]
+        yield f"{info['path']}: {overlap(info['seen'], *looks)[1]}"
+    yield find_copies(parts)["sentence"]
+
+
+def counts_lines(data, args):
+    for task, own in zip(data.tasks, data.per):
+        parts = ", ".join(f"{part} {len(rows):,}" for part, rows in
+                          (("train", own.train), ("validation", own.val), ("test", own.test)))
+        yield f"  {task.name}: {task.kind}, {parts} images; mirrored: {'yes' if multi_data.flips(task, args) else 'no'}"
+
+
+def main(args):
+    # ---- setup ----
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    if args.predict:
+        return predict_all(args)
+    args.ckpt = args.ckpt or (["last.pt"] if os.path.exists("last.pt") else ["none"])
+    model, = list_models(args.ckpt, "from scratch")
+    _, like = common_network([model], args.img_size, DEFAULT_SIZE)
+    patch = like["config"]["patch_size"] if like else 8 if args.arch == "vit_micro" else 16
+    args.img_size = max(1, round(args.img_size / patch)) * patch
+    depth = (like["config"] if like else SIZES[args.arch])["depth"]
+    args.moe_blocks = args.moe_blocks or list(range(depth // 2, depth))
+    data = multi_data.open_data(args, clinical="clinical" in args.paradigm)
+    os.makedirs(args.output_dir, exist_ok=True)
+    for paradigm in args.paradigm:
+        check_output(os.path.join(args.output_dir, f"{paradigm}.json"), "--output_dir's", SCRIPT)
+    received, (rank, world_size, device) = runtime.stop_on_signals(), runtime.setup()
+    torch.backends.cudnn.deterministic = True  # convolutions, or no run could be repeated to the bit
+    if args.batch_size < world_size:
+        raise ValueError(f"{world_size} processes for batches of {args.batch_size} images: --nproc_per_node "
+                         f"{args.batch_size} is the most")
+    if rank == 0:
+        runtime.show_run(args, device, world_size)
+        print("\n".join([f"{data.layout}: {len(data.names):,} images of {len(np.unique(data.groups)):,} groups (by "
+                         f"{data.grouped_by}); no image or group is in two parts", *counts_lines(data, args), *data.notes]),
+              flush=True)
+
+    # ---- networks ----
+    found = {}
+    for paradigm in args.paradigm:
+        found[paradigm] = run_paradigm(paradigm, model, like, data, args, device, rank, world_size, received)
+        if found[paradigm] is None:
+            break
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    stopped = None in found.values()
+    if stopped and rank == 0:
+        print("stopped before the end: the same command goes on")
+    if rank > 0 or stopped:
+        return
+
+    # ---- report ----
+    truth, parts = truth_of(data), parts_of(data)
+    write_split(os.path.join(args.output_dir, "split.csv"), {"image": data.names, "group": data.groups}, parts)
+    for paradigm, (values, chosen, gates, info) in found.items():
+        settings = settings_of(data, args, info)
+        scores = challenge_table(values, truth, data)
+        print("\n".join(["", f"{paradigm}: test scores, mean of {count(args.seeds, 'run')}; left of the bar as the "
+                         f"challenge computes them, right of it sound ones; distances in pixels", "",
+                         *table(scores, data.tasks)]))
+        report = {"phantom": args.data is None, "paradigm": paradigm, "settings": settings, "chosen": chosen,
+                  "scores": scores, "gates": gates, "values": {task: [lists_of(run) for run in runs] for task, runs in values.items()}}
+        write_json(os.path.join(args.output_dir, f"{paradigm}.json"), SCRIPT, args, device, report)
+        for name, own in gates.items():
+            draw_gates(os.path.join(args.output_dir, f"gates-{name}.png"), own, args.moe_blocks, data)
+    paradigms, notes = read_paradigms(args.output_dir, settings)
+    compared = compare_paradigms(paradigms, truth, data.clinical, args.seed)
+    print("\n".join(["", *leak_sentences(info, parts), *notes, "", *table_of_paradigms(compared)]))
+    if args.data is None:
+        print(f"\n{PHANTOMS}")
+    path = os.path.join(args.output_dir, "paradigms.json")
+    write_json(path, SCRIPT, args, device, {"phantom": args.data is None, **compared,
+                                            "methods": methods_sentences(compared)})
+    print(f"\nwrote {path}, a JSON file per paradigm and gates-*.png beside it")
+
+
+if __name__ == "__main__":
+    with runtime.clear_errors():
+        main(get_args())

@@ -1,0 +1,70 @@
+"""Predictions in the layout of FMC_UIA's submission, from images alone, by finished runs of finetune_multi.py."""
+
+import concurrent.futures
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import segmenter
+from challenge import (check_submission_folder, mask_places, records_of, write_submission_json,
+                       write_submission_mask)
+from features import read_image
+from fmc_uia import read_tasks
+from heads import open_network
+from images import resize_square
+from multi_train import as_shares, in_pixels, predict
+
+
+def predict_all(args):
+    """--predict: every task of --data by the first of --ckpt's runs that has it; nothing but images is read."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found, runs = read_tasks(args.data, tasks=args.tasks, skip_wrong_rows=args.skip_wrong_rows, labelled=False), {}
+    check_submission_folder(args.predict, [place for places in mask_places(found).values() for place in places])
+    for path in args.ckpt:
+        network, saved = open_network(path, "cpu")
+        for number, task in enumerate(network.tasks):
+            runs.setdefault(task.name, (path, network, number, saved))
+    for task in found.tasks:
+        if task.name not in runs:
+            raise ValueError(f"no run of --ckpt has the task {task.name}: it has {', '.join(runs)}; give one that has, or "
+                             f"name others by --tasks")
+        path, network, number, _ = runs[task.name]
+        if network.tasks[number] != task:
+            raise ValueError(f"{path}: {task.name} is {network.tasks[number].kind} with num_classes "
+                             f"{network.tasks[number].K} there, {task.kind} with {task.K} in --data")
+    records = {}
+    for task in found.tasks:
+        path, network, number, saved = runs[task.name]
+        print(f"{task.name}: {len(found.rows[task.name].images):,} images by {path}", flush=True)
+        records.setdefault(task.kind, []).extend(predict_task(network.to(device), number, saved, task, found, args, device))
+        network.to("cpu")
+    for kind, own in records.items():
+        if kind != "segmentation":
+            write_submission_json(args.predict, kind, own)
+    print(f"wrote {args.predict}: {', '.join(records)}")
+
+
+def predict_task(network, number, saved, task, found, args, device):
+    """Records of a task's rows, in their order, for its JSON file; of segmentation none: its masks are written."""
+    rows, size, stats, records = found.rows[task.name], saved["img_size"], (saved["mean"], saved["std"]), []
+
+    def read(row):
+        return resize_square(read_image(found.paths[rows.images[row]]).grey, size)
+
+    def write(row, logits):
+        width, height = found.sizes[rows.images[row]]
+        mask = segmenter.at_own_size(logits, int(height), int(width))
+        write_submission_mask(args.predict, rows.mask_paths[row], rows.image_paths[row], mask)
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:  # a batch at a time bounds the memory
+        for start in tqdm(range(0, len(rows.images), args.eval_batch_size), desc=task.name, leave=False, disable=None):
+            part = range(start, min(start + args.eval_batch_size, len(rows.images)))
+            output, _ = predict(network, number, np.stack(list(pool.map(read, part))), stats, device, args.dtype)
+            if task.kind == "segmentation":
+                list(pool.map(write, part, output))
+                continue
+            sizes = found.sizes[rows.images[part]]
+            records += records_of(task, [rows.image_paths[row] for row in part], sizes,
+                                  in_pixels(task, as_shares(task, output), sizes))
+    return records
