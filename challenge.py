@@ -403,14 +403,14 @@ def _row(title, images, missing, left, right=()):
     return f"{shorten(title, 18):18}{images:>7}{missing:>8}  {left}| {right}".rstrip("| ")
 
 
-def get_args():
+def get_args(argv=None):
     p = argparse.ArgumentParser(description="Score a submission to FMC_UIA.", allow_abbrev=False)
     p.add_argument("out", help="the submission's folder")
     p.add_argument("--data", required=True, help="the labelled data: the folder with csv_files, or one of CSVs")
     p.add_argument("--skip_wrong_rows", action=argparse.BooleanOptionalAction, default=False,
                    help="leave out rows that are wrong, instead of stopping")
     p.add_argument("--json", help="file to write all scores to")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def main(args):

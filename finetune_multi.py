@@ -146,8 +146,12 @@ def networks(paradigm, tasks, clinical):
         groups = {}
         for i, task in enumerate(tasks):
             groups.setdefault(clinical[task.name], []).append(i)
-    return {f"task-{slug(tasks[own[0]].name)}" if len(own) == 1 else "all" if own == everything
-            else f"clinical-{slug(group)}": own for group, own in groups.items()}
+    names = [f"task-{slug(tasks[own[0]].name)}" if len(own) == 1 else "all" if own == everything
+             else f"clinical-{slug(group)}" for group, own in groups.items()]
+    for name, group in zip(names, groups):
+        if names.count(name) > 1:
+            raise ValueError(f"two networks would be called {name}, one of them for {group}: rename it")
+    return dict(zip(names, groups.values()))
 
 
 def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, world_size, received):
@@ -376,6 +380,8 @@ def main(args):
         return predict_all(args)
     args.ckpt = args.ckpt or (["last.pt"] if os.path.exists("last.pt") else ["none"])
     model, = list_models(args.ckpt, "from scratch")
+    if len(model.paths) > 1:
+        raise ValueError(f"--ckpt {args.ckpt[0]}: one backbone to start from; several runs are for --predict")
     _, like = common_network([model], args.img_size, DEFAULT_SIZE)
     patch = like["config"]["patch_size"] if like else 8 if args.arch == "vit_micro" else 16
     args.img_size = max(1, round(args.img_size / patch)) * patch
@@ -384,7 +390,9 @@ def main(args):
     data = multi_data.open_data(args, clinical="clinical" in args.paradigm)
     os.makedirs(args.output_dir, exist_ok=True)
     for paradigm in args.paradigm:
-        check_output(os.path.join(args.output_dir, f"{paradigm}.json"), "--output_dir's", SCRIPT)
+        networks(paradigm, data.tasks, data.clinical)  # names are told before the work
+    for name in (*PARADIGMS, "paradigms"):
+        check_output(os.path.join(args.output_dir, f"{name}.json"), "--output_dir's", SCRIPT)
     received, (rank, world_size, device) = runtime.stop_on_signals(), runtime.setup()
     torch.backends.cudnn.deterministic = True  # convolutions, or no run could be repeated to the bit
     if args.batch_size < world_size:

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import segmenter
-from challenge import (check_submission_folder, mask_places, records_of, write_submission_json,
+from challenge import (JSON_FILES, check_submission_folder, mask_places, records_of, write_submission_json,
                        write_submission_mask)
 from features import read_image
 from fmc_uia import read_tasks
@@ -39,9 +39,8 @@ def predict_all(args):
         print(f"{task.name}: {len(found.rows[task.name].images):,} images by {path}", flush=True)
         records.setdefault(task.kind, []).extend(predict_task(network.to(device), number, saved, task, found, args, device))
         network.to("cpu")
-    for kind, own in records.items():
-        if kind != "segmentation":
-            write_submission_json(args.predict, kind, own)
+    for kind in JSON_FILES:  # of no task an empty list: no file of an earlier run stays
+        write_submission_json(args.predict, kind, records.get(kind, []))
     print(f"wrote {args.predict}: {', '.join(records)}")
 
 

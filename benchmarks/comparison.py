@@ -65,13 +65,14 @@ def get_args(doc, then):
     return args
 
 
-def pretraining(args, tests):
-    """Folders of the pretrained networks, and the commands that make them of all frames that no CSV of `tests` lists."""
-    folders, pack = [f"{args.out}/seed{seed}" for seed in range(SEEDS)], f"{args.out}/frames.pack"
+def pretraining(args, tests, seeds=SEEDS, more=()):
+    """Folders of the pretrained networks, and the commands that make them of all frames that no CSV of `tests` lists;
+    more: flags of pretrain.py."""
+    folders, pack = [f"{args.out}/seed{seed}" for seed in range(seeds)], f"{args.out}/frames.pack"
     commands = [["python", "pack.py", args.data, pack, "--exclude", *MASKS, "--group_regex", GROUP, "--holdout",
                  *tests.values(), *FLAGS[:2]]]
     commands += [["python", "pretrain.py", "--data", pack, "--output_dir", folder, "--seed", str(seed),
-                  "--total_samples", args.total_samples, "--flip", "horizontal", "--num_workers", "1", *FLAGS[2:]]
+                  "--total_samples", args.total_samples, "--flip", "horizontal", "--num_workers", "1", *FLAGS[2:], *more]
                  for seed, folder in enumerate(folders)]
     return folders, commands
 

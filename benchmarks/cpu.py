@@ -13,13 +13,12 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from record import ROOT, machine, write_part  # first: it puts the project on the path
+from record import ROOT, reporter  # first: it puts the project on the path
 import gpu_kernels
 import phantom
 import plain
@@ -185,16 +184,8 @@ def main():
         return
     for part in args.parts:
         title, run = PARTS[part]
-        tables, started = [], time.monotonic()
-
-        def report(caption, rows):
-            tables.append((caption, rows))
-            print(caption, *rows, sep="\n  ", flush=True)
-            command = f"python benchmarks/cpu.py --parts {part}"
-            write_part(args.output, "Measured on a CPU", part, dict(
-                title=title, machine=machine(), command=command + (f" --ckpt {args.ckpt}" if args.ckpt else ""),
-                minutes=(time.monotonic() - started) / 60, tables=tables))
-
+        command = f"python benchmarks/cpu.py --parts {part}" + (f" --ckpt {args.ckpt}" if args.ckpt else "")
+        report = reporter(args.output, "Measured on a CPU", part, title, command)
         run(report, **({"ckpt": args.ckpt} if part == "logits" else {}))
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 import finetune_cls
 import stage_tools
-from stage_tools import CONFIG, one_thread, run_main, save_backbone, save_rows  # noqa: F401  some are given on
+from stage_tools import run_main, save_rows
 
 CLASSES = ("alpha", "be_ta", "c%l")
 QUICK = ("--epochs", 2, "--batch_size", 10, "--warmup_epochs", 0, "--lr", "1e-3", "--img_size", 16)

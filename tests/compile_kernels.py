@@ -155,7 +155,7 @@ def training_steps():
             values = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
             pretrain.train_step(student, teacher, optimizer, buffers, torch.zeros(2, args.head_n_prototypes), micros,
                                 values, args, args.batch_size_per_gpu, drops)
-            shapes = [(16, 86), (16, 9)]  # with rotary positions, which this training has not
+            shapes = [(16, 86), (16, 9)]  # with rotary positions, which the steps above have not
             qkv = torch.zeros(16 * (86 + 9), 6 * head_dim, dtype=getattr(torch, dtype), requires_grad=True)
             rope = [(torch.zeros(N, head_dim // 2), torch.zeros(N, head_dim // 2)) for _, N in shapes]
             kernels.attention(qkv, shapes, 2, rope).sum().backward()

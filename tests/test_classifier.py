@@ -1,6 +1,7 @@
 """Fine-tuning's parts: the head against torch's batch norm, two processes against one, each setting on and off."""
 
 import argparse
+import os
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 
 import classifier
 from augment import normalise_only
-from cls_tools import one_thread  # noqa: F401
 from model import VisionTransformer, parameter_groups
 from runtime import flatten_parameters
+from stage_tools import one_thread  # noqa: F401
 
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_register_tokens=1,
               init_values=0.5)
@@ -175,6 +176,7 @@ def rank_of_two(rank, init, args, folder):
             torch.save(str(outcome) if batch == 2 else outcome, f"{folder}/{batch}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # as runtime.clear_errors leaves, and why
 
 
 def test_two_processes_train_like_one(tmp_path):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cls_tools import CONFIG, one_thread, save_backbone  # noqa: F401
 from file_tools import greys, save, save_dicom, speckle
 from PIL import Image
+from stage_tools import CONFIG, one_thread, save_backbone  # noqa: F401
 
 import runtime
 import seg_data

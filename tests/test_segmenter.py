@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import segmenter
 from augment import normalise_only
-from cls_tools import one_thread  # noqa: F401
 from model import VisionTransformer
+from stage_tools import one_thread  # noqa: F401
 
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=4, num_heads=2, num_register_tokens=1,
               init_values=0.5)
