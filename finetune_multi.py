@@ -168,7 +168,6 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     steps = rounds * len(tasks)
     share_of_rate = cosine_schedule(1.0, 0.0, steps, round(args.warmup_fraction * steps))
     turns = multi_train.whose_turn(len(tasks), rounds, seed)
-    guesses = {number: multi_train.guessed_score(data.tasks[number], data.per[number], data) for number in numbers}
 
     # ---- resume ----
     identity = {key: value for key, value in vars(rates).items() if key not in NOT_RECIPE}
@@ -178,6 +177,7 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     best, start = {"normalised": -np.inf, "step": 0, "scores": {}, "state": None}, 0
     if saved and "values" in saved:
         return saved["values"], saved["best"], saved["gates"]
+    guesses = {number: multi_train.guessed_score(data.tasks[number], data.per[number], data) for number in numbers}
     if saved:
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -207,7 +207,7 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
         bar.update()
         done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
         validates = done % (args.val_every * len(tasks)) == 0 or done == steps
-        saves = stop or done % (args.save_every * len(tasks)) == 0
+        saves = stop or done == steps or done % (args.save_every * len(tasks)) == 0
         if (saves or validates) and not losses.isfinite().all():  # nothing that is not finite is ever saved
             raise ValueError(f"{path}, step {done}: the loss of "
                              f"{', '.join(tasks[i].name for i in np.flatnonzero(~losses.isfinite().cpu()))} is not "
@@ -316,7 +316,12 @@ def challenge_table(values, truth, data):
     return {**found, "leaderboard": leaderboard(found["challenge"], data.tasks)}
 
 
-def read_paradigms(folder, settings):
+def tasks_of_networks(paradigm, data):
+    return {name: [data.tasks[number].name for number in own]
+            for name, own in networks(paradigm, data.tasks, data.clinical).items()}
+
+
+def read_paradigms(folder, settings, data):
     """What finished runs left in `folder`: ({paradigm: {task: [values of each run]}}, sentences on those left out)."""
     found, notes = {}, []
     for paradigm in PARADIGMS:
@@ -325,6 +330,8 @@ def read_paradigms(folder, settings):
             with open(path, encoding="utf-8") as file:
                 report = json.load(file)
             differ = sorted(key for key in settings if report["settings"].get(key) != settings[key])
+            if report["networks"] != tasks_of_networks(paradigm, data):
+                differ.append("clinical grouping")
             if differ:
                 notes.append(f"{path} is of another {', '.join(differ)}: left out of the table")
             else:
@@ -382,11 +389,15 @@ def main(args):
     model, = list_models(args.ckpt, "from scratch")
     if len(model.paths) > 1:
         raise ValueError(f"--ckpt {args.ckpt[0]}: one backbone to start from; several runs are for --predict")
+    if args.ckpt[0].startswith("timm:"):
+        raise ValueError(f"--ckpt {args.ckpt[0]}: timm's networks know no tasks; give a file of pretrain.py, DINOv2 or DINOv3")
     _, like = common_network([model], args.img_size, DEFAULT_SIZE)
     patch = like["config"]["patch_size"] if like else 8 if args.arch == "vit_micro" else 16
     args.img_size = max(1, round(args.img_size / patch)) * patch
     depth = (like["config"] if like else SIZES[args.arch])["depth"]
-    args.moe_blocks = args.moe_blocks or list(range(depth // 2, depth))
+    args.moe_blocks = sorted({*(args.moe_blocks or range(depth // 2, depth))})  # in the order of the forward
+    if not all(0 <= block < depth for block in args.moe_blocks):
+        raise ValueError(f"--moe_blocks {' '.join(map(str, args.moe_blocks))}: blocks are 0 to {depth - 1}")
     data = multi_data.open_data(args, clinical="clinical" in args.paradigm)
     os.makedirs(args.output_dir, exist_ok=True)
     for paradigm in args.paradigm:
@@ -429,11 +440,11 @@ def main(args):
                          f"challenge computes them, right of it sound ones; distances in pixels", "",
                          *table(scores, data.tasks)]))
         report = {"phantom": args.data is None, "paradigm": paradigm, "settings": settings, "chosen": chosen,
-                  "scores": scores, "gates": gates, "values": {task: [lists_of(run) for run in runs] for task, runs in values.items()}}
+                  "networks": tasks_of_networks(paradigm, data), "scores": scores, "gates": gates, "values": {task: [lists_of(run) for run in runs] for task, runs in values.items()}}
         write_json(os.path.join(args.output_dir, f"{paradigm}.json"), SCRIPT, args, device, report)
         for name, own in gates.items():
             draw_gates(os.path.join(args.output_dir, f"gates-{name}.png"), own, args.moe_blocks, data)
-    paradigms, notes = read_paradigms(args.output_dir, settings)
+    paradigms, notes = read_paradigms(args.output_dir, settings, data)
     compared = compare_paradigms(paradigms, truth, data.clinical, args.seed)
     print("\n".join(["", *leak_sentences(info, parts), *notes, "", *table_of_paradigms(compared)]))
     if args.data is None:

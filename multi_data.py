@@ -19,6 +19,7 @@ PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 4_000_000, 720, 64  # none of the o
 PHANTOM_GROUPS = {"phantom structures": "torso", "phantom heart": "torso", "phantom planes": "others",
                   "phantom femur": "others"}
 NO_GROUP = "no group"  # clinical, of tasks that the file of groups does not list
+LEVELS = 20  # thresholds that a mean mask is cut at
 KEPT = 0.25  # share of a moved box that must stay in the image, else this image is not moved
 
 # tasks: [Task]; n different images: names, groups, units (n,) numbers of groups, sizes (n, 2) width and height, images:
@@ -181,15 +182,32 @@ def to_tensor(task, target, device):
 # ---------------------------------------------------------------- what a guess without looking is
 
 def blind_guess(task, own):
-    """From the train rows alone: the most frequent class at each pixel (S, S), the classes' frequencies (K,), the mean
-    box (4,) or the mean points (K, 2), as shares."""
+    """From the train rows alone: the mean mask (S, S), the classes' frequencies (K,), the mean box (4,) or the mean points
+    (K, 2), as shares."""
     target = own.target[own.train]
     if task.kind == "segmentation":
-        counts = np.stack([(target == k).sum(0) for k in range(task.K)])  # (K, S, S)
-        return counts.argmax(0).astype(np.uint8)
+        return mean_mask(target, task.K)
     if task.kind == "classification":
         return np.bincount(target, minlength=task.K) / len(target)
     return target.mean(0) if task.kind == "detection" else np.nanmean(target, axis=0)
+
+
+def mean_mask(masks, K):
+    """uint8 (n, S, S) -> (S, S): a class is where it is frequent enough, by the threshold of the best mean Dice on these
+    masks; of several the one furthest above its own. (The most frequent class alone would leave out whatever has no
+    fixed place.)"""
+    ratio = np.zeros((K, *masks.shape[1:]))
+    for k in range(1, K):
+        frequency, shown = np.mean(masks == k, axis=0), np.flatnonzero((masks == k).any((1, 2)))  # (S, S), (m,)
+        levels = frequency.max() * np.arange(1, LEVELS + 1) / LEVELS
+        guesses = (frequency.ravel()[:, None] >= levels).astype(np.float32)  # (pixels, LEVELS)
+        total = np.zeros(LEVELS)
+        for start in range(0, len(shown), 64):  # bounds the memory
+            true = (masks[shown[start:start + 64]] == k).reshape(-1, len(guesses)).astype(np.float32)  # (64, pixels)
+            total += (2 * true @ guesses / (true.sum(1, keepdims=True) + guesses.sum(0))).sum(0)
+        if len(shown):
+            ratio[k] = frequency / levels[total.argmax()]
+    return np.where(ratio.max(0) >= 1, ratio.argmax(0), 0).astype(np.uint8)
 
 
 def guessed_mask(guess, height, width):

@@ -13,7 +13,7 @@ from classifier import ADAM_BETAS
 from data import philox
 from heads import boxes_of, build_network, points_of, start_from_shares, task_loss
 from kernels import all_reduce
-from metrics import confusion, dice, macro_f1, mean_ratio
+from metrics import confusion, dice, macro_f1, mask_counts, mean_ratio
 from model import draw_rescale, parameter_groups
 from moe import balance_loss, gate_shares
 from multi_data import blind_guess, guessed_mask
@@ -54,11 +54,6 @@ def whose_turn(n_tasks, rounds, seed):
     order: uniform sampling, and each task has the same number of steps whatever its company."""
     order = [philox(seed, number, TURNS).permutation(n_tasks) for number in range(rounds)]
     return np.concatenate(order)
-
-
-def turns_taken(turns, start, n_tasks):
-    """How many of the first `start` steps were each task's (n_tasks,)."""
-    return np.bincount(turns[:start], minlength=n_tasks)
 
 
 # ---------------------------------------------------------------- one step
@@ -199,6 +194,11 @@ def canvas_dice(truth, found, K):
     cells = torch.bincount(cells, minlength=len(truth) * K * K)
     table = cells.view(-1, K, K).cpu().numpy()  # truth x prediction
     counts = np.stack((table.diagonal(axis1=1, axis2=2), table.sum(2), table.sum(1)), 2)[:, 1:]  # (b, K - 1, 3)
+    return known_dice(counts)
+
+
+def known_dice(counts):
+    """metrics.mask_counts (..., 3) -> Dice (...), nan where the truth lacks the class."""
     return np.where(counts[..., 1] > 0, dice(counts), np.nan)
 
 
@@ -255,7 +255,7 @@ def guessed_score(task, own, data):
 
 
 def guess_values(task, own, data, rows, own_size):
-    """`values` of the blind guess on rows; masks at their own size, or (own_size False) as squashed."""
+    """`values` of the blind guess on rows, of segmentation Dice alone; masks at their own size, or as squashed."""
     guess, sizes = blind_guess(task, own), data.sizes[own.images[rows]]
     if task.kind != "segmentation":
         shares = np.broadcast_to(guess, (len(rows), *guess.shape))
@@ -264,5 +264,5 @@ def guess_values(task, own, data, rows, own_size):
         guess = torch.from_numpy(guess)[None].expand(len(rows), -1, -1)
         return {"Dice": canvas_dice(torch.from_numpy(own.target[rows]), guess.long(), task.K)}
     truths = (own.truth[row] for row in rows)
-    found = [mask_values(truth, guessed_mask(guess, *truth.shape), task.K) for truth in truths]
-    return {name: np.stack([one[name] for one in found]) for name in found[0]}
+    counts = np.stack([mask_counts(truth, guessed_mask(guess, *truth.shape), task.K) for truth in truths])[:, 1:]
+    return {"Dice": known_dice(counts)}

@@ -62,6 +62,9 @@ def load_backbone(path):
         return timm_backbone(path[len("timm:"):])
     file = weight_file(path)
     checkpoint = read_tensors(file)
+    if checkpoint.get("network_of", {}).get("experts", 1) > 1:
+        raise ValueError(f"{path}: a run of finetune_multi.py, whose blocks have experts: only its --predict takes it; "
+                         f"start from the backbone that it started from")
     state = backbone_tensors(checkpoint, path)
     mean_std, ours = None, checkpoint.get("config")
     if ours:
