@@ -70,13 +70,13 @@ def get_args(argv=None):
     add("--test_fraction", type=float, default=0.2, help="share of groups kept for the test")
     add("--test_seed", type=int, default=0, help="of the groups drawn for validation and test")
     # model
-    add("--paradigm", nargs="+", choices=PARADIGMS, default=["all"], help="a model per task, per clinical group, or for all")
-    add("--ckpt", nargs="+", metavar="FILE", help="backbone to start from, or none; with --predict finished runs; default: "
-        "last.pt if it is here, else none")
+    add("--paradigm", nargs="+", choices=PARADIGMS, default=["all"], help="a model per task, per group, for all")
+    add("--ckpt", nargs="+", metavar="FILE", help="backbone to start from, or none; with --predict finished runs; "
+        "default: last.pt if it is here, else none")
     add("--arch", choices=SIZES, default="vit_small", help="of `none`, which is made as DINOv3's")
-    add("--img_size", type=int, default=256, help="side that images are squashed to, but for the nearest multiple of a patch")
+    add("--img_size", type=int, default=256, help="side that images are squashed to, a multiple of a patch's")
     add("--experts", type=int, default=4, help="of each mixture; 1 is the dense network")
-    add("--moe_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks with experts, from 0; default: the second half")
+    add("--moe_blocks", type=int, nargs="+", metavar="BLOCK", help="with experts, from 0; default: the second half")
     add("--top_k", type=int, help="experts that a token meets; default: all, weighed by the gate")
     add("--balance_weight", type=float, default=0.01, help="of the loss that keeps experts busy; with --top_k only")
     add("--task_dim", type=int, default=64, help="width of a task's embedding")
@@ -89,9 +89,9 @@ def get_args(argv=None):
     add("--warmup_fraction", type=float, default=0.05, help="of the learning rates, share of the run; then cosine to 0")
     add("--weight_decay", type=float, default=0.05, help="AdamW's, but for biases, norms and LayerScale")
     add("--clip_grad", type=float, default=1.0, help="largest gradient norm")
-    add("--rope_rescale", type=float, default=1.0, help="largest factor of patch coordinates in training; DINOv3's is 2")
+    add("--rope_rescale", type=float, default=1.0, help="largest factor of coordinates in training; DINOv3's is 2")
     add("--augment", **flag, default=True, help="light, gamma, noise, grid, affine, flip")
-    add("--no_flip", nargs="*", default=list(SIDES), metavar="TASK", help="labels that tell left from right; landmarks never are")
+    add("--no_flip", nargs="*", default=list(SIDES), metavar="TASK", help="never mirrored, nor are landmarks")
     add("--val_every", type=int, default=200, help="steps of each task between validations, of which the best counts")
     add("--seeds", type=int, default=1, help="training seeds; their mean is scored")
     add("--seed", type=int, default=0, help="the first of them, and of the statistics")
@@ -199,10 +199,11 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
         turn = turns[step]
         task, part = tasks[turn], per[turn]
         rows = part.train[next(sources[turn])[own]]
-        x, target = multi_data.make_batch(task, part, canvases, rows, own, seed, taken[turn], batch, args, stats, device)
+        x, target = multi_data.make_batch(task, part, canvases, rows, own, seed, taken[turn], batch, args, stats,
+                                          device)
         rescale = multi_train.draw_scales(network, args.rope_rescale, seed, step, rank)
-        losses[turn] += multi_train.train_step(network, gradients, optimizer, turn, x, target, batch, share_of_rate[step],
-                                               rates, rescale)
+        losses[turn] += multi_train.train_step(network, gradients, optimizer, turn, x, target, batch,
+                                               share_of_rate[step], rates, rescale)
         taken[turn] += 1
         bar.update()
         done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
@@ -240,8 +241,8 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     network.eval()
     values, gates = {}, {}
     for position, (task, part) in enumerate(zip(tasks, per)):
-        found, shares = multi_train.test_values(network, position, task, part, data, canvases, stats, args, device, rank,
-                                                world_size)
+        found, shares = multi_train.test_values(network, position, task, part, data, canvases, stats, args, device,
+                                                rank, world_size)
         values[task.name] = {name: torch.from_numpy(value) for name, value in found.items()}
         if shares is not None:
             gates[task.name] = torch.from_numpy(shares)
@@ -298,8 +299,9 @@ def truth_of(data):
     truth = {}
     for task, own in zip(data.tasks, data.per):
         images = own.images[own.test]
-        truth[task.name] = Truth(task.kind, task.K, data.units[images], multi_train.labels_of(task, own, own.test),
-                                 np.hypot(*data.sizes[images].T), multi_train.guess_values(task, own, data, own.test, True))
+        labels, guess = (multi_train.labels_of(task, own, own.test),
+                         multi_train.guess_values(task, own, data, own.test, True))
+        truth[task.name] = Truth(task.kind, task.K, data.units[images], labels, np.hypot(*data.sizes[images].T), guess)
     return truth
 
 
@@ -389,8 +391,9 @@ def main(args):
     model, = list_models(args.ckpt, "from scratch")
     if len(model.paths) > 1:
         raise ValueError(f"--ckpt {args.ckpt[0]}: one backbone to start from; several runs are for --predict")
-    if args.ckpt[0].startswith("timm:"):
-        raise ValueError(f"--ckpt {args.ckpt[0]}: timm's networks know no tasks; give a file of pretrain.py, DINOv2 or DINOv3")
+    if str(model.paths[0]).startswith("timm:"):
+        raise ValueError(f"--ckpt {args.ckpt[0]}: timm's networks know no tasks; give a file of pretrain.py, of DINOv2 "
+                         f"or DINOv3")
     _, like = common_network([model], args.img_size, DEFAULT_SIZE)
     patch = like["config"]["patch_size"] if like else 8 if args.arch == "vit_micro" else 16
     args.img_size = max(1, round(args.img_size / patch)) * patch
@@ -411,9 +414,9 @@ def main(args):
                          f"{args.batch_size} is the most")
     if rank == 0:
         runtime.show_run(args, device, world_size)
-        print("\n".join([f"{data.layout}: {len(data.names):,} images of {len(np.unique(data.groups)):,} groups (by "
-                         f"{data.grouped_by}); no image or group is in two parts", *counts_lines(data, args), *data.notes]),
-              flush=True)
+        print(f"{data.layout}: {len(data.names):,} images of {len(np.unique(data.groups)):,} groups (by "
+              f"{data.grouped_by}); no image or group is in two parts")
+        print("\n".join([*counts_lines(data, args), *data.notes]), flush=True)
 
     # ---- networks ----
     found = {}
@@ -440,7 +443,8 @@ def main(args):
                          f"challenge computes them, right of it sound ones; distances in pixels", "",
                          *table(scores, data.tasks)]))
         report = {"phantom": args.data is None, "paradigm": paradigm, "settings": settings, "chosen": chosen,
-                  "networks": tasks_of_networks(paradigm, data), "scores": scores, "gates": gates, "values": {task: [lists_of(run) for run in runs] for task, runs in values.items()}}
+                  "networks": tasks_of_networks(paradigm, data), "scores": scores, "gates": gates,
+                  "values": {task: [lists_of(run) for run in runs] for task, runs in values.items()}}
         write_json(os.path.join(args.output_dir, f"{paradigm}.json"), SCRIPT, args, device, report)
         for name, own in gates.items():
             draw_gates(os.path.join(args.output_dir, f"gates-{name}.png"), own, args.moe_blocks, data)

@@ -6,7 +6,7 @@
     mask = read_task_mask(rows.targets[0], K=2)  # uint8 (h, w) of the image found.paths[rows.images[0]]
 
 Coordinates are pixels of the original image: x to the right, y down, pixel (0, 0) covers 0..1 by 0..1. When the data
-are read, every row is looked at, masks decoded, images mostly by their header: what is wrong is told by file and line.
+are read, every row is looked at, images and masks decoded: what is wrong is told by file and line.
 """
 
 import concurrent.futures
@@ -22,14 +22,14 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 import lists
-from images import IMAGE_SUFFIXES, MAX_PIXELS, count_frames
-from mask_codes import pixels_text, read_codes, size_and_mm, text_of
+from images import IMAGE_SUFFIXES, load_frame
+from mask_codes import pixels_text, read_codes, text_of
 
 # the least and most num_classes of each kind; a mask is uint8, an image of a detection task has one box
 KINDS = {"segmentation": (2, 256), "classification": (2, 1000), "detection": (1, 1), "regression": (1, 1000)}
 NEEDED = ["image_path", "task_id", "task_name", "num_classes"]
 BOX = ["x_min", "y_min", "x_max", "y_max"]
-SHOWN = 5  # wrong rows that an error names
+SHOWN = 20  # wrong rows that an error names
 
 # K: classes, with background in segmentation; 1 in detection; points in regression
 Task = namedtuple("Task", "name kind K")
@@ -193,9 +193,7 @@ def _image_size(path):
     if not os.path.isfile(path) or not path.lower().endswith(IMAGE_SUFFIXES):
         raise ValueError(f"{path} is not there, or is no image ({', '.join(IMAGE_SUFFIXES)})")
     try:
-        (width, height), _ = size_and_mm(path)
-        if width * height > MAX_PIXELS or count_frames(path) > 1:
-            raise ValueError(f"{width} x {height} pixels, over {MAX_PIXELS:,}, or several frames")
+        height, width = load_frame(path).grey.shape  # the header alone would not tell of a file that is cut off
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
         why = "not an image, or cut off" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path} cannot be read ({why})") from error

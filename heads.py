@@ -1,4 +1,4 @@
-"""The network of many tasks: a backbone with experts, a DPT decoder for what has a place, a head per task; their losses.
+"""The network of many tasks: a backbone with experts, a DPT decoder for what has a place, a head per task; losses.
 
 After M2DINO (arXiv 2603.18123), whose heads all read spatial feature maps, never the class token; it names a DPT-style
 decoder for segmentation and says no more: all else is this project's choice. B images, C width, K of a task: classes,
@@ -117,7 +117,7 @@ class BoxHead(nn.Module):
 
 
 class TaskPart(nn.Module):
-    """All that belongs to one task: its embedding, which the experts' gates see (None without experts), and its head."""
+    """All that belongs to one task: its embedding, which the experts' gates see (None without them), and its head."""
 
     def __init__(self, task, dim, channels, task_dim):
         super().__init__()
@@ -274,8 +274,8 @@ def giou(a, b):
 
 
 def point_loss(maps, points):
-    """KL divergence of the heat map from a Gaussian of SIGMA around the point, plus 10 times the distance |dx| + |dy| of
-    the soft-argmax to it; the mean over points. maps (B, K, h, w), points (B, K, 2) -> (B,).
+    """KL divergence of the heat map from a Gaussian of SIGMA around the point, plus 10 times the distance |dx| + |dy|
+    of the soft-argmax to it; the mean over points. maps (B, K, h, w), points (B, K, 2) -> (B,).
 
     After DSNT (Nibali et al. 2018), with KL for its Jensen-Shannon divergence. A missing point (nan) counts nothing.
     """

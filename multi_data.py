@@ -1,4 +1,4 @@
-"""A set of many tasks as a run sees it: images and targets of every task, squashed; its parts; batches; blind guesses."""
+"""A set of many tasks as a run sees it: images and targets, squashed; its parts; batches; what a blind guess is."""
 
 import collections
 import hashlib
@@ -182,8 +182,8 @@ def to_tensor(task, target, device):
 # ---------------------------------------------------------------- what a guess without looking is
 
 def blind_guess(task, own):
-    """From the train rows alone: the mean mask (S, S), the classes' frequencies (K,), the mean box (4,) or the mean points
-    (K, 2), as shares."""
+    """From the train rows alone: the mean mask (S, S), the classes' frequencies (K,), the mean box (4,) or the mean
+    points (K, 2), as shares."""
     target = own.target[own.train]
     if task.kind == "segmentation":
         return mean_mask(target, task.K)
@@ -193,9 +193,9 @@ def blind_guess(task, own):
 
 
 def mean_mask(masks, K):
-    """uint8 (n, S, S) -> (S, S): a class is where it is frequent enough, by the threshold of the best mean Dice on these
-    masks; of several the one furthest above its own. (The most frequent class alone would leave out whatever has no
-    fixed place.)"""
+    """uint8 (n, S, S) -> (S, S): a class is where it is frequent enough, by the threshold of the best mean Dice on
+    these masks; of several the one furthest above its own. (The most frequent class alone would leave out whatever
+    has no fixed place.)"""
     ratio = np.zeros((K, *masks.shape[1:]))
     for k in range(1, K):
         frequency, shown = np.mean(masks == k, axis=0), np.flatnonzero((masks == k).any((1, 2)))  # (S, S), (m,)

@@ -19,29 +19,34 @@ from multi_train import as_shares, in_pixels, predict
 def predict_all(args):
     """--predict: every task of --data by the first of --ckpt's runs that has it; nothing but images is read."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found, runs = read_tasks(args.data, tasks=args.tasks, skip_wrong_rows=args.skip_wrong_rows, labelled=False), {}
+    found, owners = read_tasks(args.data, tasks=args.tasks, skip_wrong_rows=args.skip_wrong_rows, labelled=False), {}
     check_submission_folder(args.predict, [place for places in mask_places(found).values() for place in places])
+    for sentence in found.wrong:
+        print(f"left out: {sentence}")
     for path in args.ckpt:
-        network, saved = open_network(path, "cpu")
-        for number, task in enumerate(network.tasks):
-            runs.setdefault(task.name, (path, network, number, saved))
+        for task in open_network(path, "cpu")[0].tasks:
+            owners.setdefault(task.name, (path, task))
     for task in found.tasks:
-        if task.name not in runs:
-            raise ValueError(f"no run of --ckpt has the task {task.name}: it has {', '.join(runs)}; give one that has, or "
-                             f"name others by --tasks")
-        path, network, number, _ = runs[task.name]
-        if network.tasks[number] != task:
-            raise ValueError(f"{path}: {task.name} is {network.tasks[number].kind} with num_classes "
-                             f"{network.tasks[number].K} there, {task.kind} with {task.K} in --data")
-    records = {}
-    for task in found.tasks:
-        path, network, number, saved = runs[task.name]
-        print(f"{task.name}: {len(found.rows[task.name].images):,} images by {path}", flush=True)
-        records.setdefault(task.kind, []).extend(predict_task(network.to(device), number, saved, task, found, args, device))
-        network.to("cpu")
+        if task.name not in owners:
+            raise ValueError(f"no run of --ckpt has the task {task.name}: they have {', '.join(owners)}; give one that "
+                             f"has it, or name others by --tasks")
+        path, other = owners[task.name]
+        if other != task:
+            raise ValueError(f"{path}: {task.name} is {other.kind} with num_classes {other.K} there, {task.kind} with "
+                             f"{task.K} in --data")
+    records = {kind: [] for kind in JSON_FILES}
     for kind in JSON_FILES:  # of no task an empty list: no file of an earlier run stays
-        write_submission_json(args.predict, kind, records.get(kind, []))
-    print(f"wrote {args.predict}: {', '.join(records)}")
+        write_submission_json(args.predict, kind, [])
+    for path in args.ckpt:  # one network at a time
+        own = [task for task in found.tasks if owners[task.name][0] == path]
+        network, saved = open_network(path, device) if own else (None, None)
+        for task in own:
+            print(f"{task.name}: {len(found.rows[task.name].images):,} images by {path}", flush=True)
+            rows = predict_task(network, network.tasks.index(task), saved, task, found, args, device)
+            if task.kind in records:
+                records[task.kind] += rows
+                write_submission_json(args.predict, task.kind, records[task.kind])
+    print(f"wrote {args.predict}: {len(found.tasks)} tasks")
 
 
 def predict_task(network, number, saved, task, found, args, device):

@@ -1,4 +1,4 @@
-"""Training one network on many tasks: the optimizer, whose turn it is, one step, predictions, validation, test scores."""
+"""Training one network on many tasks: the optimizer, whose turn it is, one step, predictions, validation, test."""
 
 import concurrent.futures
 
@@ -157,8 +157,8 @@ def validate(network, numbers, data, canvases, guesses, stats, args, device, ran
     scores, normalised, gates = {}, [], {}
     for position, number in enumerate(numbers):
         task, own = data.tasks[number], data.per[number]
-        values, shares = predicted_values(network, position, task, own, data, canvases, own.val, stats, args, device, rank,
-                                          world_size)
+        values, shares = predicted_values(network, position, task, own, data, canvases, own.val, stats, args, device,
+                                          rank, world_size)
         score = primary_score(task, values, labels_of(task, own, own.val))
         scores[task.name] = score
         normalised.append(float(normalised_score(task.kind, score, guesses[number])))
@@ -188,7 +188,7 @@ def known_mean(x):
 
 
 def canvas_dice(truth, found, K):
-    """Masks (b, S, S) on a device -> Dice of the foreground classes float64 (b, K - 1), nan where the truth lacks one."""
+    """Masks (b, S, S) on a device -> Dice of the foreground classes (b, K - 1), nan where the truth lacks one."""
     image = torch.arange(len(truth), device=truth.device)[:, None, None]
     cells = ((image * K + truth) * K + found).flatten()
     cells = torch.bincount(cells, minlength=len(truth) * K * K)

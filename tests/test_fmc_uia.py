@@ -8,7 +8,7 @@ from PIL import Image
 
 import lists
 from features import read_image
-from file_tools import save
+from file_tools import save, speckle
 from fmc_uia import BOX, Task, read_task_mask, read_tasks
 
 NBSP = "\u00a0"
@@ -178,6 +178,9 @@ def wrong_tables(top):
     images(top, names)
     (top / "csv_files/broken.jpg").write_bytes(b"no image")
     (top / "csv_files/folder.png").mkdir()
+    save(top / "csv_files/cut.jpg", speckle(90, (200, 300)))
+    whole = (top / "csv_files/cut.jpg").read_bytes()
+    (top / "csv_files/cut.jpg").write_bytes(whole[:len(whole) // 2])  # its header is whole
     save(top / "csv_files/clip.gif", *(np.full((9, 9), level, np.uint8) for level in (1, 200)))
     cls = [("0", 0, None), ("1", 3, "mask, the class, is '3', expected a whole number from 0 to 2"),
            ("2", -1, "is '-1'"), ("3", 1.5, "is '1.5'"), ("4", "", "is ''"), ("5", "cyst", "is 'cyst'"), ("6", 2, None),
@@ -186,7 +189,7 @@ def wrong_tables(top):
     files = {"Cls.csv": [(dict(image_path=f"{name}.png", **CLS, mask=label), what) for name, label, what in cls] + [
         (dict(image_path=path, **CLS, mask=0), what) for path, what in (
             ("broken.jpg", "broken.jpg cannot be read (not an image, or cut off)"), ("folder.png", "is not there"),
-            ("clip.gif", "clip.gif cannot be read (9 x 9 pixels, over 16,000,000, or several frames)"),
+            ("cut.jpg", "cut.jpg cannot be read ("), ("clip.gif", "clip.gif cannot be read (holds several frames"),
             ("", "no image_path"), ("./x/../6.png", "listed twice"), ("Cls.csv", "or is no image (.png, "))]}
     box = "expected x_min, y_min, x_max, y_max of some extent inside its image of 30 x 20 pixels"
     boxes = [((0, 0, 30, 20), None), ((0, 0, 30.5, 20), box), ((0, 0, 30, 21), box), ((-1, 0, 5, 5), box),
@@ -227,7 +230,7 @@ def test_every_wrong_row_is_named_and_no_other_is_lost(tmp_path):
     with pytest.raises(ValueError) as error:
         read_tasks(tmp_path)
     assert str(error.value) == (f"{tmp_path}/csv_files: {len(wrong)} of {len(rows)} rows are wrong: "
-                                f"{'; '.join(found.wrong[:5])}; and {len(wrong) - 5} more; mend them, or add "
+                                f"{'; '.join(found.wrong[:20])}; and {len(wrong) - 20} more; mend them, or add "
                                 f"--skip_wrong_rows")
 
 
