@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+import challenge
 import fewshot
 import finetune_cls
+import finetune_multi
 import finetune_seg
 import pack
 import pretrain
@@ -61,7 +63,7 @@ def test_readme_commands_parse(line):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     parse = {"pretrain.py": pretrain.get_args, "fewshot.py": fewshot.get_args, "pack.py": pack.get_args,
              "finetune_cls.py": finetune_cls.get_args, "finetune_seg.py": finetune_seg.get_args,
-             "segment.py": segment.get_args}
+             "segment.py": segment.get_args, "finetune_multi.py": finetune_multi.get_args, "challenge.py": challenge.get_args}
     parse[words[script]](words[script + 1:])
 
 
