@@ -115,16 +115,10 @@ def check_args(p, args):
         p.error("--features are frozen: they need --linear or --knn; fine-tuned models join by --predictions")
     if args.data is None and (args.exclude or args.group_regex or args.by):
         p.error("--exclude, --group_regex and --by need --data: phantoms have no names")
-    for name, least in dict(seeds=1, seed=0, split_seed=0, epochs=1, batch_size=2, linear_steps=1, eval_batch_size=1,
-                            save_every=1, img_size=1, mixup=0, cutmix=0, warmup_epochs=0, weight_decay=0).items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    for name in ("val_fraction", "test_fraction", "drop_path_rate", "smoothing"):
-        if not 0 <= getattr(args, name) < 1:
-            p.error(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}")
-    for name in ("lr", "layer_decay"):
-        if not 0 < getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be positive, not {getattr(args, name)}")
+    least = dict(seeds=1, seed=0, split_seed=0, epochs=1, batch_size=2, linear_steps=1, eval_batch_size=1, save_every=1,
+                 img_size=1, mixup=0, cutmix=0, warmup_epochs=0, weight_decay=0)
+    runtime.check_numbers(p, args, least, shares=("val_fraction", "test_fraction", "drop_path_rate", "smoothing"),
+                          positive=("lr", "layer_decay"))
 
 
 # ---------------------------------------------------------------- data

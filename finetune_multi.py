@@ -114,17 +114,11 @@ def check_args(p, args):
         p.error("--predict needs --ckpt: finished runs of this script that have the tasks of --data")
     if not args.predict and len(args.ckpt or ()) > 1:
         p.error("--ckpt: one backbone to start from; several runs are for --predict")
-    for name, least in dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1,
-                            val_every=1, img_size=1, weight_decay=0, experts=1, task_dim=1, channels=32, backbone_lr=0,
-                            balance_weight=0, rope_rescale=1, top_k=1).items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    for name in ("val_fraction", "test_fraction", "warmup_fraction"):
-        if not 0 <= getattr(args, name) < 1:
-            p.error(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}")
-    for name in ("lr", "clip_grad"):
-        if not 0 < getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be positive, not {getattr(args, name)}")
+    least = dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
+                 img_size=1, weight_decay=0, experts=1, task_dim=1, channels=32, backbone_lr=0, balance_weight=0,
+                 rope_rescale=1, top_k=1)
+    runtime.check_numbers(p, args, least, shares=("val_fraction", "test_fraction", "warmup_fraction"),
+                          positive=("lr", "clip_grad"))
     if args.channels % 32:  # half of them in groups of 16
         p.error(f"--channels must be a multiple of 32, not {args.channels}")
     if args.top_k is not None and args.top_k > args.experts:

@@ -114,17 +114,10 @@ def check_args(p, args):
     of_data = ("masks", "mask_pattern", "classes", "exclude", "group_regex", "split", "pixel_sizes")
     if args.data is None and any(getattr(args, name) for name in of_data):
         p.error(f"--{', --'.join(of_data)} need --data: phantoms have no files")
-    for name, least in dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1,
-                            val_every=1, img_size=1, warmup_iters=0, weight_decay=0, dice_weight=0, shots=1, channels=1,
-                            tolerance=0).items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    for name in ("val_fraction", "test_fraction", "drop_path_rate"):
-        if not 0 <= getattr(args, name) < 1:
-            p.error(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}")
-    for name in ("lr", "layer_decay"):
-        if not 0 < getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be positive, not {getattr(args, name)}")
+    least = dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
+                 img_size=1, warmup_iters=0, weight_decay=0, dice_weight=0, shots=1, channels=1, tolerance=0)
+    runtime.check_numbers(p, args, least, shares=("val_fraction", "test_fraction", "drop_path_rate"),
+                          positive=("lr", "layer_decay"))
     if min(args.split_seed) < 0 or len({*args.split_seed}) < len(args.split_seed):
         p.error(f"--split_seed must be numbers from 0, each once, not {' '.join(map(str, args.split_seed))}")
     if args.warmup_iters >= args.iters:

@@ -37,7 +37,7 @@ def predict_all(args):
     records = {kind: [] for kind in JSON_FILES}
     for kind in JSON_FILES:  # of no task an empty list: no file of an earlier run stays
         write_submission_json(args.predict, kind, [])
-    for path in args.ckpt:  # one network at a time
+    for path in dict.fromkeys(args.ckpt):  # one network at a time
         own = [task for task in found.tasks if owners[task.name][0] == path]
         network, saved = open_network(path, device) if own else (None, None)
         for task in own:
