@@ -4,7 +4,7 @@ M2DINO (arXiv 2603.18123) on FMC_UIA's data as downloaded, or your own in its la
 per task, per clinical group, or one for all. Each network is chosen by its mean normalised validation score and scored
 once on the test groups; the runs of one folder make one table of what training together gains or loses.
 
-    python finetune_multi.py                                            # phantoms, four tasks: one by one, and together
+    python finetune_multi.py                                            # phantoms, four tasks of four kinds
     python finetune_multi.py --data FMC_UIA --ckpt dinov3_vits16.pth --paradigm task clinical all --seeds 3
     torchrun --nproc_per_node 8 finetune_multi.py --data FMC_UIA --ckpt last.pt
     python finetune_multi.py --data FMC_UIA_VAL --ckpt multi/all-seed0.pt --predict submission
@@ -43,7 +43,7 @@ SIDES = ("fetal_head_pos_cls", "fetal_sacral_pos_cls", "cardiac_multi", "cervix_
 PRESETS = {
     "m2dino": {},
     "cpu": dict(arch="vit_micro", img_size=64, iters=100, batch_size=16, lr=2e-3, backbone_lr=1e-3, channels=32,
-                val_every=25, save_every=100, paradigm=["task", "all"]),
+                val_every=25, save_every=100),
 }
 # may differ between a run and its resumption; what the images and checkpoints are is checked by their digests
 NOT_RECIPE = {"data", "tasks", "group_regex", "groups", "skip_wrong_rows", "val_fraction", "test_fraction", "test_seed",
