@@ -20,7 +20,7 @@ SIDE, PATIENTS = 32, 36
 TASKS = [Task("FUGC", "regression", 2), Task("fetal_head", "segmentation", 3),
          Task("fetal_plane_cls", "classification", 3), Task("thyroid_nodule", "detection", 1)]  # as they are read
 NAMES = [task.name for task in TASKS]
-CLINICAL = {"clinical-OB": NAMES[:3], "task-thyroid_nodule": NAMES[3:]}  # by the file of groups that is used without flags
+CLINICAL = {"clinical-OB": NAMES[:3], "task-thyroid_nodule": NAMES[3:]}  # as the project's file has them
 DATA = ("--data", "fmc")
 QUICK = ("--img_size", 16, "--iters", 4, "--batch_size", 5, "--val_every", 2, "--save_every", 3, "--channels", 32,
          "--experts", 2, "--task_dim", 4, "--lr", "1e-3", "--backbone_lr", "1e-3", "--val_fraction", 0.25,

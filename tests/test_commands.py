@@ -102,7 +102,7 @@ def test_readme_file_map_is_true():
 def test_readme_tables_come_from_result_files():
     blocks = re.findall(r"<!-- from (\S+) -->\n```\n(.*?)```", README, re.S)
     tables = re.findall(r"<!-- from (\S+) -->\n((?:\|.*\n)+)", README)
-    assert len(blocks) == 4 and len(tables) == 1
+    assert len(blocks) == 4 and len(tables) == 2
     blocks += tables
     for source, block in blocks:
         result = (ROOT / source).read_text()

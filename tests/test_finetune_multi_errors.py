@@ -88,7 +88,7 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     # data
     "no such folder": (None, ("--data", "nowhere"), ["nowhere", "no such folder"]),
     "a point outside": (change("FUGC", third, point_2_xy="[3, 400]"), BASIC,
-                        ["1 of 143 rows are wrong", "FUGC.csv, line 4", "point_2_xy is '[3, 400]'", "--skip_wrong_rows"]),
+                        ["1 of 143 rows are wrong", "FUGC.csv, line 4: point_2_xy is '[3, 400]'", "--skip_wrong"]),
     "a box turned round": (change("thyroid_nodule", third, x_min="31", x_max="3"), BASIC,
                            ["thyroid_nodule.csv, line 4", "the box is 31, ", "inside its image of"]),
     "no such class": (change("fetal_plane_cls", third, mask="3"), BASIC,
@@ -109,7 +109,8 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "nothing to test": (without_classes("test", 1, 2), BASIC, ["fetal_head: no test image shows anything but"]),
     "a point in no train row": (with_splits("FUGC", "train", point_2_xy=""), BASIC,
                                 ["FUGC: no train image has point 2"]),
-    "two tasks of one file name": (two_names, (*BASIC, "--paradigm", "task"), ["two networks would be called task-a_b"]),
+    "two tasks of one file name": (two_names, (*BASIC, "--paradigm", "task"),
+                                   ["two networks would be called task-a_b"]),
     "no validation": (None, (*BASIC, "--val_fraction", 0), ["must be above 0", "not 0.0 and 0.25"]),
     "nothing to train on": (None, (*BASIC, "--val_fraction", 0.5, "--test_fraction", 0.5), ["leave some to train"]),
     # models
@@ -120,7 +121,8 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
                                       "only its --predict takes it"]),
     "timm": (None, (*DATA, "--ckpt", "timm:resnet18", *QUICK), ["--ckpt timm:resnet18: timm's networks know no tasks"]),
     "two checkpoints": (None, (*DATA, "--ckpt", "a.pt", "none"), ["--ckpt: one backbone to start from"]),
-    "two files of one name": (None, (*DATA, "--ckpt", "x=a.pt,finished.pt", *QUICK), ["--ckpt x=a.pt,finished.pt", "one backbone"]),
+    "two files of one name": (None, (*DATA, "--ckpt", "x=a.pt,finished.pt", *QUICK),
+                              ["--ckpt x=a.pt,finished.pt", "one backbone"]),
     "no such block": (None, (*BASIC, "--moe_blocks", 2), ["--moe_blocks 2: blocks are 0 to 1"]),
     # predictions
     "predictions of nothing": (None, PREDICT, ["--predict needs --ckpt"]),
@@ -128,7 +130,8 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "predictions by a backbone": (None, (*PREDICT, "--ckpt", "a.pt"), ["a.pt", "no finished run of finetune_multi.py"]),
     "no run of a task": (None, (*PREDICT, "--ckpt", "finished.pt"), ["no run of --ckpt has the task fetal_head"]),
     # outputs
-    "foreign json": (write("multi/all.json", '{"mine": 1}'), BASIC, ["multi/all.json", "not written by finetune_multi.py"]),
+    "foreign json": (write("multi/all.json", '{"mine": 1}'), BASIC,
+                     ["multi/all.json", "not written by finetune_multi.py"]),
     "foreign table": (write("multi/paradigms.json", "[1]"), BASIC,
                       ["multi/paradigms.json", "not written by finetune_multi.py"]),
     "foreign json of a paradigm that is not run": (write("multi/task.json", '{"mine": 1}'), BASIC,
@@ -148,7 +151,8 @@ LEAST = dict(iters=(0, 1), batch_size=(0, 1), eval_batch_size=(0, 1), val_every=
              seed=(-1, 0), test_seed=(-1, 0), experts=(0, 1), top_k=(0, 1), task_dim=(0, 1), channels=(0, 32),
              img_size=(0, 1), backbone_lr=(-1.0, 0), weight_decay=(-1.0, 0), balance_weight=("nan", 0),
              rope_rescale=(0.5, 1))
-ERRORS.update({f"--{name} {value}": (None, (*BASIC, f"--{name}", value), [f"--{name} must be at least {least}", str(value)])
+ERRORS.update({f"--{name} {value}": (None, (*BASIC, f"--{name}", value),
+                                     [f"--{name} must be at least {least}, not {value}"])
                for name, (value, least) in LEAST.items()})
 
 

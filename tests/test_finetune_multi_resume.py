@@ -29,7 +29,7 @@ def fresh(finished, tmp_path):
 
 @pytest.mark.parametrize("stops", [(), (1,), (8,), (16,), (7, 2, 4), (3, 5, 7)], ids=str)
 def test_a_stopped_and_resumed_run_is_bit_equal(finished, fresh, stops):
-    """Between validations, right at one, at the last step, within a round; saved in another order. No stop: once more."""
+    """Between validations, right at one, at the last step, within a round; saved at other steps. No stop: once more."""
     folder, _, reports = finished
     every = ("--save_every", 1 + len(stops))
     for steps in stops:
@@ -108,7 +108,8 @@ def test_other_settings_are_another_run(finished, tmp_path):
     weights, records, report = first.read_bytes(), log.read_bytes(), (folder / "multi" / "all.json").read_bytes()
     output, reports = run(folder, *BASIC, "--lr", "2e-3", "--iters", 2)
     assert "multi/all-seed0.pt belongs to another run (other iters, lr): kept as multi/all-seed0.old-1.pt" in output
-    for name, content in (("all-seed0.old-1.pt", weights), ("all-seed0.old-1.jsonl", records), ("all.old-1.json", report)):
+    for name, content in {"all-seed0.old-1.pt": weights, "all-seed0.old-1.jsonl": records,
+                          "all.old-1.json": report}.items():
         assert (folder / "multi" / name).read_bytes() == content
     assert not equal(checkpoint(first)["head"], checkpoint(folder / "multi" / "all-seed0.old-1.pt")["head"])
     for name in ("task", "clinical"):  # of the first recipe

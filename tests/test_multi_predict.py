@@ -1,4 +1,4 @@
-"""Predictions of images alone, in the challenge's layout: what is written, scores of it, who says what of which task."""
+"""Predictions of images alone, in the challenge's layout: what is written, its scores, who predicts which task."""
 
 import json
 import shutil
@@ -135,8 +135,8 @@ def refused(folder, tmp_path, words, *flags, **how):
 
 
 def test_a_task_that_no_checkpoint_has(finished, tmp_path):
-    refused(finished[0], tmp_path, ["no run of --ckpt has the task fetal_plane_cls", "they have FUGC, fetal_head", "--tasks"],
-            "--ckpt", *EACH[:2])
+    refused(finished[0], tmp_path, ["no run of --ckpt has the task fetal_plane_cls", "they have FUGC, fetal_head",
+                                    "--tasks"], "--ckpt", *EACH[:2])
     assert not (tmp_path / "out").exists()
 
 
