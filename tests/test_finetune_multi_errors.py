@@ -207,6 +207,6 @@ def test_defaults_follow_the_data():
     assert (args.lr, args.backbone_lr, args.weight_decay, args.experts, args.top_k) == (1e-4, 1e-5, 0.05, 4, None)
     assert args.paradigm == ["all"] and args.img_size == 256 and "cardiac_multi" in args.no_flip
     args = finetune_multi.get_args([])
-    assert args.preset == "cpu" and args.iters <= 200 and args.paradigm == ["task", "all"] and args.arch == "vit_micro"
+    assert args.preset == "cpu" and args.iters <= 200 and args.paradigm == ["all"] and args.arch == "vit_micro"
     assert finetune_multi.get_args(["--iters", "300"]).iters == 300  # a flag goes before a preset
     assert finetune_multi.get_args(["--paradigm", "all", "task", "all"]).paradigm == ["all", "task"]
