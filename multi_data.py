@@ -58,12 +58,14 @@ def open_phantoms(args):
     if unknown := {*(args.tasks or ())} - {*drawn}:
         raise ValueError(f"--tasks {' '.join(sorted(unknown))}: phantoms have {', '.join(drawn)}")
     kept = {name: own for name, own in drawn.items() if not args.tasks or name in args.tasks}
+    used = np.unique(np.concatenate([rows for _, _, rows, _ in kept.values()]))  # by any of these tasks
     found = TaskSet([Task(name, kind, K) for name, (kind, K, _, _) in kept.items()], paths=None,
-                    names=[f"phantom {i}" for i in range(len(canvases))],
-                    sizes=np.full((len(canvases), 2), PHANTOM_SIZE), groups=[str(group) for group in groups],
+                    names=[f"phantom {i}" for i in used], sizes=np.full((len(used), 2), PHANTOM_SIZE),
+                    groups=[str(groups[i]) for i in used],
                     grouped_by="phantom patient", splits=None, wrong=[], csv_folder=None,
-                    rows={name: Rows(rows, targets, None, None, None) for name, (_, _, rows, targets) in kept.items()})
-    return found, lambda i: Frame(canvases[i], canvases[i])
+                    rows={name: Rows(np.searchsorted(used, rows), targets, None, None, None)
+                          for name, (_, _, rows, targets) in kept.items()})
+    return found, lambda i: Frame(canvases[used[i]], canvases[used[i]])
 
 
 def task_data(task, rows, sizes, splits, size):
