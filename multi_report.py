@@ -100,7 +100,9 @@ def of_task(truth, paradigms, units, weights, seed):
                "normalised per run": [number(value) for value in normalised_score(kind, each, trivial[0])],
                "gain over trivial": over, "beats trivial": by_interval(over, "yes", "worse", "not shown")}
         if name != BASE and BASE in paradigms:
-            p = p_of(truth, paradigms[BASE], runs, units, seed) if several else np.nan
+            same = np.array_equal(*(stacked(kind, own) for own in (paradigms[BASE], runs)), equal_nan=True)
+            # the one network of a group of one task is both paradigms': nothing to test, nor to correct for
+            p = p_of(truth, paradigms[BASE], runs, units, seed) if several and not same else np.nan
             own["gain"] = {**three(interval(gain(kind, scores[name], scores[BASE])), several), "p": number(p)}
         found["paradigms"][name] = own
     return found, normalised
@@ -306,5 +308,6 @@ def methods_sentences(found):
     return (
         f"{text} A gain is the score less that of one model per task, of an error the reverse, so that a positive one "
         f"is better. Each task's gain was tested by a two-sided sign-flip test over units (up to {FLIPS:,} flips), "
-        f"with Holm's correction over all tasks of a paradigm, and is marked as gain or loss where that p is below "
-        f"0.05; where there is no p, and for means over tasks, where the interval excludes 0, without a correction.")
+        f"with Holm's correction over all tasks of a paradigm but those whose model is the same in both, and is marked "
+        f"as gain or loss where that p is below 0.05; where there is no p, and for means over tasks, where the interval "
+        f"excludes 0, without a correction.")

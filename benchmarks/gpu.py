@@ -9,6 +9,7 @@ c   every kernel's speed against the best that torch offers
 d   whole steps: images/s, memory, share of the product's ceiling; d1, d2 and d3 are ViT-S, B and L
 e   where a step's time goes, and whether the CPU ever waits for the GPU in it
 f   steps with the input pipeline
+g   experts and steps of finetune_multi.py
 
 Each part is a process of its own and has eight minutes; one that fails costs the others nothing.
 """
@@ -25,12 +26,13 @@ import torch
 from record import ROOT, machine, read_results, write_part  # first: it puts the project on the path
 import data
 import gpu_kernels
+import gpu_tasks
 import plain
 import pretrain
 import runtime
 from gpu_kernels import BACKENDS, ceilings, share
 from steps import Canvases, Ours, Plain, arguments, one_batch, step_flops
-from timing import divided, first_line, free, goal, in_turn
+from timing import divided, first_line, free, goal, peak_of, step_times, waits
 
 MINUTES = 8
 # size: batch, images/s, times faster than plain, share of plain's memory, (batch, flags, GB) that a run must fit
@@ -48,35 +50,6 @@ def best_backend(args, device):
 
 
 # ---------------------------------------------------------------- d: whole steps
-
-def step_times(calls, device, rounds=6, in_a_row=3, warmup=1):
-    """Median milliseconds of a step of each kind, or why there is none.
-
-    In every round each kind takes some steps in a row and starts with nothing queued: where launching is what takes
-    the time, as it may in a small model, no slower neighbour hides it.
-    """
-    def several(call):
-        return lambda: [call() for _ in range(in_a_row)], torch.cuda.synchronize
-
-    times = in_turn({name: several(call) for name, call in calls.items()}, device, rounds, warmup, flush=False)
-    return {name: ms if isinstance(ms, str) else ms / in_a_row for name, ms in times.items()}
-
-
-def peak_of(call, steps=3):
-    """Largest memory of some steps after two others, the whole of the card's; or why it failed."""
-    try:
-        call(), call()
-        free()
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(steps):
-            call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    except Exception as error:  # out of memory, of shared memory, or a compiler's
-        return first_line(error)
-    finally:
-        free()
-
 
 def build(kind, *args):
     """What kind(*args) makes, after an eager step, and the bytes that it keeps."""
@@ -195,19 +168,6 @@ def grouped(columns):
     return rows + [{"group": "sum", **{variant: sum(ms for _, ms, _ in found) for variant, found in columns.items()}}]
 
 
-def waits(what, call):
-    """Whether anything in the call waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-        return {"what": what, "waits for the device": "never"}
-    except RuntimeError as error:
-        return {"what": what, "waits for the device": first_line(error)}
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def part_e(report, device="cuda", rounds=4):
     for arch in ("vit_small", "vit_base"):
         args = arguments(arch, GOALS[arch][0])
@@ -297,7 +257,8 @@ PARTS = {"a": ("Ceilings", gpu_kernels.part_a), "b": ("Correctness", gpu_kernels
          "c": ("Speed of kernels", gpu_kernels.part_c),
          **{f"d{i}": (f"Whole steps, {arch}", lambda report, arch=arch: part_d(report, arch))
             for i, arch in enumerate(GOALS, 1)},
-         "e": ("Where a step's time goes", part_e), "f": ("With the input pipeline", part_f)}
+         "e": ("Where a step's time goes", part_e), "f": ("With the input pipeline", part_f),
+         "g": ("Experts and many tasks", gpu_tasks.part_g)}
 
 
 def save(args, part, tables, started):

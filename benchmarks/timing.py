@@ -1,4 +1,5 @@
-"""Time callables in turn, so that whatever else the machine does meets all of them alike; and their peak memory."""
+"""Time callables in turn, so that whatever else the machine does meets all of them alike; their peak memory; whether
+they wait for the GPU."""
 import gc
 import statistics
 import time
@@ -82,6 +83,48 @@ def peak_bytes(call):
     torch.cuda.synchronize()
     del result
     return torch.cuda.max_memory_allocated() - before
+
+
+def step_times(calls, device, rounds=6, in_a_row=3, warmup=1):
+    """Median milliseconds of a step of each kind, or why there is none.
+
+    In every round each kind takes some steps in a row and starts with nothing queued: where launching is what takes
+    the time, as it may in a small model, no slower neighbour hides it.
+    """
+    def several(call):
+        return lambda: [call() for _ in range(in_a_row)], torch.cuda.synchronize
+
+    times = in_turn({name: several(call) for name, call in calls.items()}, device, rounds, warmup, flush=False)
+    return {name: ms if isinstance(ms, str) else ms / in_a_row for name, ms in times.items()}
+
+
+def peak_of(call, steps=3):
+    """Largest memory of some steps after two others, the whole of the card's; or why it failed."""
+    try:
+        call(), call()
+        free()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    except Exception as error:  # out of memory, of shared memory, or a compiler's
+        return first_line(error)
+    finally:
+        free()
+
+
+def waits(what, call):
+    """Whether anything in the call waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+        return {"what": what, "waits for the device": "never"}
+    except RuntimeError as error:
+        return {"what": what, "waits for the device": first_line(error)}
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def goal(what, limit, found, least=False):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import kernels
+import moe
 import pretrain
 import runtime
 from model import parameter_groups
@@ -27,6 +28,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import cpu  # noqa: E402
 import gpu  # noqa: E402
 import gpu_kernels  # noqa: E402
+import gpu_tasks  # noqa: E402
+import mixture  # noqa: E402
 import plain  # noqa: E402
 import record  # noqa: E402
 import steps  # noqa: E402
@@ -315,7 +318,7 @@ def fake_gpu(monkeypatch, tiny_args):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1e11))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(runtime, "host_copy", lambda x: (x, FakeEvent()))
-    for module in (gpu, gpu_kernels, timing):
+    for module in (gpu, gpu_kernels, gpu_tasks, timing):
         monkeypatch.setattr(module, "free", lambda: None)  # collecting garbage takes a second among pytest's objects
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
@@ -377,6 +380,30 @@ def test_gpu_where_time_goes(fake_gpu, monkeypatch):
     assert groups[-1]["ours"] > 0
     assert longest[0]["kernel"] == "attention_fwd_kernel"
     assert all(row["waits for the device"] == "never" for row in fake_gpu.tables[-1][1])
+
+
+@pytest.mark.slow
+def test_gpu_many_tasks(fake_gpu, monkeypatch):
+    """Part g, on the CPU in bfloat16: experts are right, every network makes steps of every kind, twice alike."""
+    monkeypatch.setattr(gpu_tasks, "peak_of", functools.partial(timing.peak_of, steps=0))
+    monkeypatch.setattr(gpu_tasks, "step_times", functools.partial(timing.step_times, in_a_row=1, warmup=0))
+    gpu_tasks.part_g(fake_gpu, "cpu", archs=["vit_micro"], size=16, flags=["--batch_size", "2", "--channels", "32"],
+                     rounds=1, tokens=50, width=16, mixtures=mixture.QUICK)
+    (_, correct), (_, costs), (_, timed), (_, peaks), (_, waiting), (_, repeated) = fake_gpu.tables
+    assert len(correct) == 6 and all(row["passed"] for row in correct), correct
+    assert [row["experts"] for row in costs] == list(mixture.MIXTURES)
+    assert len(timed) == len(waiting) == 12 and all(row["ms"] > 0 for row in timed)
+    assert {row["of dense"] for row in timed[:4]} == {1}
+    assert len(peaks) == 3 and all(row["detection, peak GB"] for row in peaks)
+    assert all(row["two runs are bit-equal"] and row["finite"] for row in repeated) and len(repeated) == 3
+
+
+def test_gpu_mixture_correctness_can_fail(monkeypatch):
+    right = moe.grouped  # else the first expert for all, where it is not the reference
+    monkeypatch.setattr(moe, "grouped", lambda x, weight, ends: (
+        right(x, weight, ends) if x.dtype == torch.float64 else x @ weight[0]))
+    rows = list(gpu_tasks.correctness("cpu", 50, 16))
+    assert [row["passed"] for row in rows] == [True, False, False] * 2
 
 
 def test_profile_counts_kernels_once(fake_gpu, monkeypatch):

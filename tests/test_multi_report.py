@@ -154,11 +154,21 @@ def test_a_paradigm_equal_to_task_gains_nothing():
     paradigms, truth = tasks()
     found = compare_paradigms({"task": paradigms["task"], "all": copy.deepcopy(paradigms["task"])}, truth, GROUPS, 0)
     for own in found["tasks"].values():
-        assert own["paradigms"]["all"]["gain"] == {"estimate": 0, "low": 0, "high": 0, "p": 1, "p (Holm)": 1,
+        assert own["paradigms"]["all"]["gain"] == {"estimate": 0, "low": 0, "high": 0, "p": None, "p (Holm)": None,
                                                    "mark": ""}
     for about in (*found["groups"].values(), found["all tasks"]):
         own = about["paradigms"]["all"]["gain"]
         assert own == {"estimate": 0, "low": 0, "high": 0, "tasks": len(about["tasks"]), "mark": ""}
+
+
+def test_holm_does_not_count_networks_that_both_paradigms_have():
+    paradigms, truth = tasks()
+    shared = {"task": paradigms["task"], "all": {**paradigms["all"], NODULE: copy.deepcopy(paradigms["task"][NODULE])}}
+    found = compare_paradigms(shared, truth, GROUPS, 0)["tasks"]
+    gains = {key: own["paradigms"]["all"]["gain"] for key, own in found.items()}
+    assert gains[NODULE]["p"] is None and gains[NODULE]["estimate"] == 0
+    others = [key for key in truth if key != NODULE]
+    assert [gains[key]["p (Holm)"] for key in others] == pytest.approx(stats.holm([gains[key]["p"] for key in others]))
 
 
 @pytest.mark.parametrize("kind, K", [("segmentation", 3), ("classification", 3), ("detection", 1), ("regression", 2)])
