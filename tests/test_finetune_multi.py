@@ -337,6 +337,13 @@ def test_what_pretraining_has_seen_is_told(folder):
     assert set(seen["content"].numpy().tolist()) <= set(saved.tolist())
 
 
+def test_what_pretraining_left_in_the_folder_is_where_it_starts(folder):
+    (folder / "a.pt").rename(folder / "last.pt")
+    output, _ = run(folder, *DATA, *QUICK, "--iters", 1)
+    assert "all: 4 tasks, from last.pt (pretrain.py), seed 0" in output
+    assert checkpoint(folder / "multi" / "all-seed0.pt")["identity"]["start"] is not None
+
+
 # ---------------------------------------------------------------- learning
 
 def test_eight_images_of_each_task_are_learned():
