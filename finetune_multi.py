@@ -26,12 +26,11 @@ import runtime
 from baselines import DEFAULT_SIZE, common_network, full_layerscale, list_models, open_backbone
 from challenge import challenge_scores, leaderboard, sound_scores, table
 from kernels import all_reduce
-from leakage import overlap
 from model import SIZES
 from multi_predict import predict_all
 from multi_report import Truth, compare_paradigms, methods_sentences, table_of_paradigms
 from plots import gates_png
-from report import check_output, count, find_copies, number, slug, write_json, write_split
+from report import check_output, count, files_of, find_copies, number, slug, write_json, write_split
 from runtime import cosine_schedule
 from segmenter import batches
 from weights import merge_seen
@@ -91,7 +90,8 @@ def get_args(argv=None):
     add("--clip_grad", type=float, default=1.0, help="largest gradient norm")
     add("--rope_rescale", type=float, default=1.0, help="largest factor of coordinates in training; DINOv3's is 2")
     add("--augment", **flag, default=True, help="light, gamma, noise, grid, affine, flip")
-    add("--no_flip", nargs="*", default=list(SIDES), metavar="TASK", help="never mirrored, nor are landmarks")
+    add("--no_flip", nargs="+", default=[], metavar="TASK", help="never mirrored, like landmarks and, of FMC_UIA, "
+        + ", ".join(SIDES))
     add("--val_every", type=int, default=200, help="steps of each task between validations, of which the best counts")
     add("--seeds", type=int, default=1, help="training seeds; their mean is scored")
     add("--seed", type=int, default=0, help="the first of them, and of the statistics")
@@ -124,6 +124,7 @@ def check_args(p, args):
     if args.top_k is not None and args.top_k > args.experts:
         p.error(f"--top_k {args.top_k}: there are {args.experts} experts")
     args.paradigm = list(dict.fromkeys(args.paradigm))
+    args.no_flip = sorted({*SIDES, *args.no_flip})
 
 
 # ---------------------------------------------------------------- one network
@@ -356,17 +357,16 @@ def parts_of(data):
     """What report.py asks of a set with one task: the images of each part, whatever task they serve."""
     parts = {part: np.unique(np.concatenate([own.images[getattr(own, part)] for own in data.per]))
              for part in ("train", "val", "test")}
-    return argparse.Namespace(**parts, images=data.images, names=data.names)
+    return argparse.Namespace(**parts, images=data.images, names=data.names, groups=np.array(data.groups),
+                              grouped_by=data.grouped_by)
 
 
-def leak_sentences(info, parts):
+def leak_sentences(files, copies):
     """Whether test images had been seen before: by the backbone's pretraining, or in train under another name."""
-    if info["digest"] is None:
-        yield "The backbone starts from scratch."
-    else:
-        looks = parts.images.content[parts.test], parts.images.looks[parts.test]
-        yield f"{info['path']}: {overlap(info['seen'], *looks)[1]}"
-    yield find_copies(parts)["sentence"]
+    backbone, = files["backbone"]
+    if backbone["sha256"] is None:
+        return ["The backbone starts from scratch.", copies["sentence"]]
+    return [f"{backbone['path']}: {backbone['pretraining set']}.", copies["sentence"]]
 
 
 def counts_lines(data, args):
@@ -395,7 +395,13 @@ def main(args):
     args.moe_blocks = sorted({*(args.moe_blocks or range(depth // 2, depth))})  # in the order of the forward
     if not all(0 <= block < depth for block in args.moe_blocks):
         raise ValueError(f"--moe_blocks {' '.join(map(str, args.moe_blocks))}: blocks are 0 to {depth - 1}")
+    if args.rope_rescale != 1 and like and like["config"].get("pos") != "rope":
+        raise ValueError(f"--rope_rescale {args.rope_rescale:g} is for rotary positions, those of "
+                         f"{model.paths[0]} are learned: leave it out")
     data = multi_data.open_data(args, clinical="clinical" in args.paradigm)
+    if unknown := {*args.no_flip} - {*SIDES} - {task.name for task in data.tasks}:
+        raise ValueError(f"--no_flip {' '.join(sorted(unknown))}: the tasks are "
+                         f"{', '.join(task.name for task in data.tasks)}")
     os.makedirs(args.output_dir, exist_ok=True)
     for paradigm in args.paradigm:
         networks(paradigm, data.tasks, data.clinical)  # names are told before the work
@@ -429,27 +435,31 @@ def main(args):
 
     # ---- report ----
     truth, parts = truth_of(data), parts_of(data)
+    info, copies = list(found.values())[-1][3], find_copies(parts)  # all start from one backbone
+    files = files_of({"backbone": [{**info, "fed": args.img_size}]}, parts)
+    leaks = leak_sentences(files, copies)
     write_split(os.path.join(args.output_dir, "split.csv"), {"image": data.names, "group": data.groups}, parts)
-    for paradigm, (values, chosen, gates, info) in found.items():
-        settings = settings_of(data, args, info)
+    settings = settings_of(data, args, info)
+    for paradigm, (values, chosen, gates, _) in found.items():
         scores = challenge_table(values, truth, data)
         print("\n".join(["", f"{paradigm}: test scores, mean of {count(args.seeds, 'run')}; left of the bar as the "
                          f"challenge computes them, right of it sound ones; distances in pixels", "",
                          *table(scores, data.tasks)]))
         report = {"phantom": args.data is None, "paradigm": paradigm, "settings": settings, "chosen": chosen,
-                  "networks": tasks_of_networks(paradigm, data), "scores": scores, "gates": gates,
+                  "networks": tasks_of_networks(paradigm, data), "files": files, "copies": copies, "scores": scores,
+                  "gates": gates,
                   "values": {task: [lists_of(run) for run in runs] for task, runs in values.items()}}
         write_json(os.path.join(args.output_dir, f"{paradigm}.json"), SCRIPT, args, device, report)
         for name, own in gates.items():
             draw_gates(os.path.join(args.output_dir, f"gates-{name}.png"), own, args.moe_blocks, data)
     paradigms, notes = read_paradigms(args.output_dir, settings, data)
     compared = compare_paradigms(paradigms, truth, data.clinical, args.seed)
-    print("\n".join(["", *leak_sentences(info, parts), *notes, "", *table_of_paradigms(compared)]))
+    print("\n".join(["", *leaks, *notes, "", *table_of_paradigms(compared)]))
     if args.data is None:
         print(f"\n{PHANTOMS}")
     path = os.path.join(args.output_dir, "paradigms.json")
-    write_json(path, SCRIPT, args, device, {"phantom": args.data is None, **compared,
-                                            "methods": methods_sentences(compared)})
+    write_json(path, SCRIPT, args, device, {"phantom": args.data is None, **compared, "files": files, "copies": copies,
+                                            "methods": " ".join([methods_sentences(compared), *leaks])})
     print(f"\nwrote {path}, a JSON file per paradigm and gates-*.png beside it")
 
 

@@ -259,10 +259,10 @@ def _point(column, text, size):
         return [math.nan, math.nan]
     try:
         x, y = json.loads(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):  # the last of "[[[[…"
         x = y = None
     if not ({type(x), type(y)} <= {int, float} and 0 <= x <= size[0] and 0 <= y <= size[1]):
-        raise ValueError(f"{column} is {text!r}, expected two numbers, as in [12.5, 40], inside its image of "
+        raise ValueError(f"{column} is {text[:40]!r}, expected two numbers, as in [12.5, 40], inside its image of "
                          f"{size[0]} x {size[1]} pixels")
     return [x, y]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from kernels import all_reduce
 from layers import Block, KeepRows, Mlp, SwiGLU, folded
 
 # task: embedding (d,) of the one task of a batch. gates: a list to which every mixture appends its probabilities
@@ -202,17 +203,18 @@ def add_experts(backbone, blocks, experts, task_dim, top_k=None):
 def balance_loss(gates, top_k):
     """Switch Transformer's E * sum_e f_e P_e (Fedus et al. 2021, eq. 4), mean over blocks; 1 where all is even.
 
-    f_e is the share of routed places that expert e has, P_e its mean probability. Gradients reach P alone; without
-    top_k every expert has every token and the loss is the constant 1.
+    f_e is the share of routed places that expert e has, over all processes; P_e its mean probability, over the tokens
+    of this one: the mean of the processes' losses, by their tokens, is the loss of the whole batch. Gradients reach P
+    alone; without top_k every expert has every token and the loss is the constant 1.
     """
     if not gates:
         raise ValueError("no gates to balance: no block of this forward has a mixture of experts")
-    losses = []
-    for p in gates:  # (T, E)
-        chosen = p.detach().topk(top_k or p.shape[1]).indices  # (T, k)
-        f = F.one_hot(chosen, p.shape[1]).to(p.dtype).mean((0, 1))  # (E,)
-        losses.append(p.shape[1] * (f * p.mean(0)).sum())
-    return torch.stack(losses).mean()
+    E = gates[0].shape[1]
+    chosen = [p.detach().topk(top_k or E).indices for p in gates]  # L of (T, k)
+    places = all_reduce(torch.stack([F.one_hot(own, E).sum((0, 1)) for own in chosen]))  # (L, E)
+    P = torch.stack([p.mean(0) for p in gates])  # (L, E)
+    f = places.to(P.dtype) / places.sum(1, keepdim=True)
+    return E * (f * P).sum(1).mean()
 
 
 def gate_shares(gates):

@@ -309,5 +309,5 @@ def methods_sentences(found):
         f"{text} A gain is the score less that of one model per task, of an error the reverse, so that a positive one "
         f"is better. Each task's gain was tested by a two-sided sign-flip test over units (up to {FLIPS:,} flips), "
         f"with Holm's correction over all tasks of a paradigm but those whose model is the same in both, and is marked "
-        f"as gain or loss where that p is below 0.05; where there is no p, and for means over tasks, where the interval "
-        f"excludes 0, without a correction.")
+        f"as gain or loss where that p is below 0.05; where there is no p, and for means over tasks, where the "
+        f"interval excludes 0, without a correction.")

@@ -15,7 +15,7 @@ import multi_data
 import multi_train
 import runtime
 from heads import open_network
-from leakage import content_hash, perceptual_hash
+from leakage import content_hash, perceptual_hash, salted
 from model import VisionTransformer
 from multi_tools import (BASIC, CLINICAL, DATA, NAMES, QUICK, assert_equal, few_replicates, read_log,  # noqa: F401
                          read_split, reports_of, run, save_all, save_tree, names_in_test)
@@ -335,6 +335,25 @@ def test_what_pretraining_has_seen_is_told(folder):
     saved = checkpoint(folder / "multi" / "all-seed0.pt")["seen"]["content"].numpy()
     assert len(saved) == len(greys) + sum(row["split"] == "train" for row in read_split(folder / "multi"))
     assert set(seen["content"].numpy().tolist()) <= set(saved.tolist())
+
+
+def test_patients_that_pretraining_has_seen_are_told(folder):
+    """By other frames: no image of them is known. In the JSON files and the methods text, too."""
+    salt = bytes(16)
+    run(folder, *BASIC, "--iters", 1, "--output_dir", "first")
+    tested = [row["group"] for row in read_split(folder / "first") if row["split"] == "test"]
+    known = sorted({*tested})[::2]
+    digests = torch.from_numpy(np.array([salted(name, salt) for name in known], np.uint64))
+    save_backbone(folder / "b.pt", seen={"content": torch.zeros(1, dtype=torch.uint64), "salt": salt,
+                                         "group_digests": digests})
+    output, reports = run(folder, *DATA, "--ckpt", "b.pt", *QUICK, "--iters", 1)
+    n = sum(name in known for name in tested)
+    told = f"transductive: {n} of {len(tested)} test images were in the pretraining set"
+    assert 0 < n < len(tested) and f"b.pt: {told}" in output and told in reports["paradigms"]["methods"]
+    for report in reports.values():
+        backbone, = report["files"]["backbone"]
+        assert backbone["in pretraining set"]["pretraining_group"] == n and told in backbone["pretraining set"]
+        assert len(backbone["sha256"]) == 64 and report["copies"]["sentence"] in output
 
 
 def test_what_pretraining_left_in_the_folder_is_where_it_starts(folder):

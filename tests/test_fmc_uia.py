@@ -198,11 +198,12 @@ def wrong_tables(top):
     files["Det.csv"] = [(dict(image_path=names[k], **DET, **boxed(*own)), what) for k, (own, what) in enumerate(boxes)]
     point = "point_2_xy is '{}', expected two numbers, as in [12.5, 40], inside its image of 30 x 20 pixels"
     points = ["[1]", "[1, 2, 3]", "1, 2", "(1, 2)", "[1 2]", "[true, 1]", '["1", "2"]', "[NaN, 1]", "[1, Infinity]",
-              "[30.1, 1]", "[1, 20.1]", "[-1, 1]", "[1, -0.5]", "null", "[null, null]", '{"x": 1, "y": 2}', "3"]
+              "[30.1, 1]", "[1, 20.1]", "[-1, 1]", "[1, -0.5]", "null", "[null, null]", '{"x": 1, "y": 2}', "3",
+              "[" * 9999]
     files["Reg.csv"] = [
         (dict(image_path=names[0], **REG, point_1_xy="", point_2_xy=" "), "all points are missing"),
         (dict(image_path=names[1], **REG, point_1_xy="", point_2_xy="[30, 20]"), None)] + [
-        (dict(image_path=names[k], **REG, point_1_xy="[1, 2]", point_2_xy=text), point.format(text))
+        (dict(image_path=names[k], **REG, point_1_xy="[1, 2]", point_2_xy=text), point.format(text[:40]))
         for k, text in enumerate(points, 2)]
     files["Seg.csv"] = [(dict(image_path=names[k], **SEG, mask_path=name and f"../masks/{name}"), what)
                         for k, (name, what) in enumerate(mask_files(top / "masks")[1].items())]

@@ -287,6 +287,22 @@ def test_balance_loss_and_shares_written_out(top_k):
         assert_same(found, want)
 
 
+@pytest.mark.parametrize("top_k", TOP_K)
+def test_balance_losses_of_two_processes_make_that_of_the_whole_batch(top_k, monkeypatch):
+    """Their mean by tokens, and so the sum of their gradients: shares of places are counted over both."""
+    gates = [draw(9, E).softmax(-1).requires_grad_() for _ in range(2)]
+    whole = balance_loss(gates, top_k)
+    parts, counts = [[p[:6] for p in gates], [p[6:] for p in gates]], []
+    monkeypatch.setattr(moe, "all_reduce", lambda x: counts.append(x) or x)
+    for part in parts:
+        balance_loss(part, top_k)
+    monkeypatch.setattr(moe, "all_reduce", lambda x: sum(counts))
+    halves = (6 * balance_loss(parts[0], top_k) + 3 * balance_loss(parts[1], top_k)) / 9
+    assert abs(halves.item() - whole.item()) < 1e-12
+    for found, want in zip(torch.autograd.grad(halves, gates), torch.autograd.grad(whole, gates)):
+        assert_same(found, want)
+
+
 def test_balance_loss_is_1_when_even_and_E_when_one_expert_has_all():
     assert balance_loss([torch.eye(E).repeat(3, 1)], 1).item() == 1.0
     assert balance_loss([torch.eye(E)[[0] * 5]], 1).item() == E

@@ -223,6 +223,7 @@ def test_images_that_would_lose_their_target_stay():
     """Shifted out of sight: target and draws of that image alone are put back; a point outside becomes nan."""
     n, eye = 4, np.tile(np.eye(2, 3, dtype=np.float32), (4, 1, 1))
     base = dict(affine=eye, grid=np.zeros((n, 2, 6), np.float32), flip=np.ones(n, np.float32))
+    base["grid"][2] = 0.02
     base["affine"][1:3, 1, 2] = -0.45, -0.55  # to the left, share of the width: rows 1 and 2; x is mirrored after that
     boxes = np.tile([0.1, 0.2, 0.6, 0.4], (n, 1))
     draws = {key: value.copy() for key, value in base.items()}
@@ -230,6 +231,7 @@ def test_images_that_would_lose_their_target_stay():
     np.testing.assert_allclose(moved, [[0.4, 0.2, 0.9, 0.4], [0.85, 0.2, 1.0, 0.4], [0.1, 0.2, 0.6, 0.4],
                                        [0.4, 0.2, 0.9, 0.4]], atol=1e-6)  # 0.3 of row 1 is left, 0.1 of row 2
     assert draws["flip"].tolist() == [1, 1, 0, 1] and np.array_equal(draws["affine"][2], np.eye(2, 3))
+    assert not draws["grid"].any()
     assert np.array_equal(draws["affine"][[0, 1, 3]], base["affine"][[0, 1, 3]])
     points = np.tile([[0.1, 0.2], [0.5, 0.5]], (n, 1, 1))
     points[3, 0] = np.nan
@@ -239,6 +241,7 @@ def test_images_that_would_lose_their_target_stay():
     np.testing.assert_allclose(moved, [[[0.9, 0.2], [0.5, 0.5]], [gone, [0.95, 0.5]], [[0.1, 0.2], [0.5, 0.5]],
                                        [gone, [0.5, 0.5]]], atol=1e-6)
     assert draws["flip"].tolist() == [1, 1, 0, 1] and np.array_equal(draws["affine"][2], np.eye(2, 3))
+    assert not draws["grid"].any()
 
 
 def test_classes_are_not_moved_and_boxes_and_points_stay_upright(monkeypatch):
