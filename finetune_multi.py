@@ -41,8 +41,8 @@ PARADIGMS = ("task", "clinical", "all")
 SIDES = ("fetal_head_pos_cls", "fetal_sacral_pos_cls", "cardiac_multi", "cervix_multi", "head_symphysis_multi")
 PRESETS = {
     "m2dino": {},
-    "cpu": dict(arch="vit_micro", img_size=64, iters=160, batch_size=16, lr=2e-3, backbone_lr=1e-3, channels=32,
-                val_every=40, save_every=80),
+    "cpu": dict(arch="vit_micro", img_size=64, iters=200, batch_size=16, lr=2e-3, backbone_lr=1e-3, channels=32,
+                val_every=50, save_every=100),
 }
 # may differ between a run and its resumption; what the images and checkpoints are is checked by their digests
 NOT_RECIPE = {"data", "tasks", "group_regex", "groups", "skip_wrong_rows", "val_fraction", "test_fraction", "test_seed",

@@ -422,9 +422,6 @@ def test_without_flags_phantoms_are_learned(tmp_path):
     assert finetune_multi.PHANTOMS in done.stdout and set(reports) == {"all", "paradigms"}
     for name in ("phantom structures", "phantom planes", "phantom heart", "phantom femur"):
         assert f"\n  {name}: " in done.stdout
-        found = reports["paradigms"]["tasks"][name]["paradigms"]["all"]
-        if name == "phantom structures":  # its small ones need more steps than a first look should take
-            assert found["score"]["estimate"] > 0.15
-        else:
-            assert found["normalised"]["estimate"] > 0.1, name
-    assert re.search(r"step 640/640 \| .* \| \d+ s\n", done.stdout)
+        normalised = reports["paradigms"]["tasks"][name]["paradigms"]["all"]["normalised"]["estimate"]
+        assert normalised > (0 if name == "phantom structures" else 0.1), name  # 0: the predictor that never looks
+    assert re.search(r"step 800/800 \| .* \| \d+ s\n", done.stdout)
