@@ -12,7 +12,7 @@ test: .venv/installed_test
 	$(PYTHON) -m pytest tests -n 2 --dist loadfile
 
 test_slow: .venv/installed_test
-	$(PYTHON) -m pytest tests --slow -m slow
+	$(PYTHON) -m pytest tests --slow -m slow -n 2 --dist worksteal
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
