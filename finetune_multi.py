@@ -294,8 +294,8 @@ def truth_of(data):
     truth = {}
     for task, own in zip(data.tasks, data.per):
         images = own.images[own.test]
-        labels, guess = (multi_train.labels_of(task, own, own.test),
-                         multi_train.guess_values(task, own, data, own.test, True))
+        labels = multi_train.labels_of(task, own, own.test)
+        guess = multi_train.guess_values(task, own, data, own.test, True)
         truth[task.name] = Truth(task.kind, task.K, data.units[images], labels, np.hypot(*data.sizes[images].T), guess)
     return truth
 

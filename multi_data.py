@@ -61,8 +61,8 @@ def open_phantoms(args):
     used = np.unique(np.concatenate([rows for _, _, rows, _ in kept.values()]))  # by any of these tasks
     found = TaskSet([Task(name, kind, K) for name, (kind, K, _, _) in kept.items()], paths=None,
                     names=[f"phantom {i}" for i in used], sizes=np.full((len(used), 2), PHANTOM_SIZE),
-                    groups=[str(groups[i]) for i in used],
-                    grouped_by="phantom patient", splits=None, wrong=[], csv_folder=None,
+                    groups=[str(groups[i]) for i in used], grouped_by="phantom patient", splits=None, wrong=[],
+                    csv_folder=None,
                     rows={name: Rows(np.searchsorted(used, rows), targets, None, None, None)
                           for name, (_, _, rows, targets) in kept.items()})
     return found, lambda i: Frame(canvases[used[i]], canvases[used[i]])

@@ -14,6 +14,7 @@ from fmc_uia import read_tasks
 from heads import open_network
 from images import resize_square
 from multi_train import as_shares, in_pixels, predict
+from report import count
 
 
 def predict_all(args):
@@ -46,7 +47,7 @@ def predict_all(args):
             if task.kind in records:
                 records[task.kind] += rows
                 write_submission_json(args.predict, task.kind, records[task.kind])
-    print(f"wrote {args.predict}: {len(found.tasks)} tasks")
+    print(f"wrote {args.predict}: {count(len(found.tasks), 'task')}")
 
 
 def predict_task(network, number, saved, task, found, args, device):

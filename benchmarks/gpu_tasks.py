@@ -33,8 +33,7 @@ def mixture_row(ffn, top_k, device, T, C, E=4):
     x, dout = (torch.randn(T, C, device=device).bfloat16() for _ in range(2))
     task = torch.randn(mixture.TASK_DIM, device=device)
 
-    def call(whole, *inputs):
-        x, task, dout = inputs
+    def call(whole, x, task, dout):
         names, parameters = zip(*whole.named_parameters())
         inputs = x.requires_grad_(), task.requires_grad_(), *parameters
         y = whole["layer"](x, whole["norm"], whole["scale"], Routing(task, []))
@@ -127,8 +126,8 @@ def part_g(report, device="cuda", archs=("vit_small", "vit_base"), size=256, fla
     for arch in archs:
         mixture.measure(report, arch, **mixtures)
         rows, waiting = step_rows(arch, device, size, flags, rounds)
-        report(f"One step of finetune_multi.py on a fixed batch of 16 images of {size} pixels, {arch}, bf16: backbone, "
-               f"heads, AdamW.", rows)
+        report(f"One step of finetune_multi.py, {arch}, bf16, AdamW included, on a fixed batch of images of {size} "
+               f"pixels.", rows)
         report("Peak of allocated memory in such a step, all of it.", list(memory_rows(arch, device, size, flags)))
         report('Does the CPU wait for the GPU inside a step (torch.cuda.set_sync_debug_mode("error"))?', waiting)
         free()

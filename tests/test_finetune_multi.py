@@ -13,6 +13,7 @@ import augment
 import finetune_multi
 import multi_data
 import multi_train
+import phantom
 import runtime
 from heads import open_network
 from leakage import content_hash, perceptual_hash, salted
@@ -211,6 +212,13 @@ def test_some_phantom_tasks(tmp_path, monkeypatch):
                      "phantom femur")
     assert list(reports["all"]["values"]) == ["phantom heart", "phantom femur"] and set(reports) == {"all", "paradigms"}
     assert 30 <= len(read_split(tmp_path / "multi")) <= 36
+    args = finetune_multi.get_args(["--img_size", "32", "--tasks", "phantom heart", "phantom femur"])
+    data = multi_data.open_data(args, clinical=False)
+    images, groups, tasks = phantom.phantom_tasks(108, 32, multi_data.PHANTOM_SEED)
+    for task, own in zip(data.tasks, data.per):
+        rows = tasks[task.name][2]
+        assert np.array_equal(data.images.at(32)[own.images], images[rows])
+        assert [data.groups[i] for i in own.images] == groups[rows].astype(str).tolist()
 
 
 # ---------------------------------------------------------------- paradigms, seeds, settings

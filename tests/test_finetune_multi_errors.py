@@ -209,6 +209,7 @@ def test_defaults_follow_the_data():
     assert (args.preset, args.iters, args.batch_size, args.val_every, args.save_every) == ("m2dino", 2000, 16, 200, 200)
     assert (args.lr, args.backbone_lr, args.weight_decay, args.experts, args.top_k) == (1e-4, 1e-5, 0.05, 4, None)
     assert args.paradigm == ["all"] and args.img_size == 256 and "cardiac_multi" in args.no_flip
+    assert {*finetune_multi.get_args(["--no_flip", "mine"]).no_flip} == {*finetune_multi.SIDES, "mine"}
     args = finetune_multi.get_args([])
     assert args.preset == "cpu" and args.iters <= 200 and args.paradigm == ["all"] and args.arch == "vit_micro"
     assert finetune_multi.get_args(["--iters", "300"]).iters == 300  # a flag goes before a preset

@@ -90,6 +90,18 @@ def test_a_full_disk_costs_no_more_than_what_was_not_saved(finished, fresh, monk
     assert_same_run(finished[0] / "multi" / "all-seed0", fresh / "multi" / "all-seed0")
 
 
+def test_a_crash_in_the_test_costs_no_training(finished, fresh, monkeypatch):
+    def too_large(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(multi_train, "test_values", too_large)
+        run(fresh, *BASIC)
+    output, _ = run(fresh, *BASIC)
+    assert "resuming multi/all-seed0.pt at step 16\n" in output  # the last, where nothing else would be saved
+    assert_same_run(finished[0] / "multi" / "all-seed0", fresh / "multi" / "all-seed0")
+
+
 def test_a_finished_run_is_not_trained_again(finished, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)

@@ -9,6 +9,7 @@ import leakage
 import pretrain
 import runtime
 from model import SIZES, DINOHead, VisionTransformer, parameter_groups
+from stage_tools import one_thread  # noqa: F401
 from tools import dry_run
 from weights import IMAGENET_MEAN_STD, load_backbone, merge_seen
 
@@ -19,15 +20,6 @@ DINOV2 = dict(img_size=70, patch_size=14, in_chans=3, embed_dim=64, depth=2, num
 HEADS = ["--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8"]
 CROPS = ["--global_crops_size", "16", "--local_crops_size", "8"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few numbers: on a busy machine a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save(path, config, seed=0, **more):

@@ -15,20 +15,12 @@ import layers
 import moe
 from model import SIZES, VisionTransformer, parameter_groups
 from moe import MixtureOfExperts, Routing, add_experts, balance_loss, gate_shares
+from stage_tools import one_thread  # noqa: F401
 
 VIT = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=4, num_heads=2, num_register_tokens=3,
            init_values=0.5, init_std=0.2)
 C, E, D_TASK, HIDDEN = 8, 4, 6, 16
 TOP_K = [None, 1, 2, 3, 4]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few numbers: on a busy machine a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomize(module):
