@@ -1,137 +1,20 @@
-"""Packs in, batches out: what is drawn at random, and every augmentation.
+"""Batches of a pack for pretraining: what is drawn at random, and every augmentation.
 
 The CPU only reads bytes and draws a few floats per crop; the pixels are cropped, jittered, blurred and normalised as
 batches on the training device.
 """
 
-import csv
 import itertools
-import json
 import math
 import mmap
-import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from leakage import WORDS
-
-PACK_VERSION = 2
-
-
-# ---------------------------------------------------------------- packs
-
-class Pack:
-    """A folder written by pack.py, read with numpy.memmap and csv alone. An image is a frame of a file.
-
-    canvases.u8  uint8 (images, canvas, canvas), row-major, no header: each image squashed to a square
-    index.csv    a line per canvas: INDEX's columns; width and height are the image's before it was squashed
-    groups.csv   group, digest, named: leakage.salted of its name, with pack.json's salt
-    pack.json    version, images, canvas, mean and std of all pixels (of 1, not 255), groups, digest, counts, ...
-    names.csv    name, frame of each canvas    } the two files that hold file names, which can be patients' names;
-    skipped.txt  what was left out, and why    } nothing but messages needs them: delete them to share a pack
-    """
-
-    def __init__(self, folder):
-        info_path = os.path.join(folder, "pack.json")
-        try:
-            with open(info_path) as file:
-                self.info = dict(json.load(file))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: not a readable pack ({error}); make one with: python pack.py SRC {folder}")
-        if self.info.get("version") != PACK_VERSION or not {"images", "canvas", "mean", "std", "groups"} <= {*self.info}:
-            raise ValueError(f"{info_path}: pack version {self.info.get('version')}, this code reads version "
-                             f"{PACK_VERSION}, whole; pack again with: python pack.py SRC OUT")
-        self.folder, self.mean, self.std = folder, self.info["mean"], self.info["std"]
-        images, canvas = self.info["images"], self.info["canvas"]
-        data_path = os.path.join(folder, "canvases.u8")
-        if not os.path.exists(data_path) or os.path.getsize(data_path) != images * canvas * canvas:
-            raise ValueError(f"{data_path}: missing or not the {images} canvases of {canvas}x{canvas} that pack.json "
-                             f"names; pack again")
-        self.canvases = np.memmap(data_path, np.uint8, "r", shape=(images, canvas, canvas))
-        index = _read_table(os.path.join(folder, "index.csv"), INDEX, images)
-        self.sizes = np.stack((index["width"], index["height"]), axis=1)  # (images, 2)
-        self.groups = index["group"].copy()  # (images,); a view would keep all of the table
-        self.hashes, self.looks = index["hash"][:, 0], index["looks"]  # uint64 (images,), (images, WORDS)
-        digests = _read_table(os.path.join(folder, "groups.csv"), GROUPS, self.info["groups"])
-        self.group_digests, self.named = digests["digest"][:, 0], digests["named"] > 0  # uint64, bool (groups,)
-        if images and (self.sizes.min() < 1 or self.groups.min() < 0 or self.groups.max() >= self.info["groups"]):
-            raise ValueError(f"{folder}/index.csv: sizes or group numbers that cannot be; pack again")
-
-    def __len__(self):
-        return len(self.canvases)
-
-    def __reduce__(self):  # a data worker that is not forked opens the pack again: pickle would copy all canvases
-        return Pack, (self.folder,)
-
-    def digests(self):
-        """What a checkpoint keeps of the images, for leakage.overlap. No names; groups only where they are patients' or
-        clips', not folders'."""
-        seen = {"content": torch.from_numpy(self.hashes), "looks": torch.from_numpy(self.looks)}
-        if self.named.any():
-            seen.update(group_digests=torch.from_numpy(self.group_digests[self.named]),
-                        salt=bytes.fromhex(self.info["salt"]))
-        return seen
-
-    def names(self, indices):
-        """Names of a few images, for messages, read from disk: two million of them fill memory."""
-        wanted, path = {int(index) for index in indices}, os.path.join(self.folder, "names.csv")
-        if not os.path.exists(path):
-            return [f"canvas {index}" for index in sorted(wanted)]
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            return [row["name"] + (f" (frame {row['frame']})" if row["frame"] != "0" else "")
-                    for number, row in enumerate(csv.DictReader(file)) if number in wanted]
-
-
-# group numbers count from 0 in order of appearance; hash and looks are leakage.py's, in hex; colour: 1 if the frame was
-# in colour; mm: millimetres per pixel of the original image, 0 where unknown
-INDEX = np.dtype([("width", "i4"), ("height", "i4"), ("group", "i8"), ("hash", "S16"), ("looks", f"S{16 * WORDS}"),
-                  ("colour", "i1"), ("mm_x", "f4"), ("mm_y", "f4")])
-GROUPS = np.dtype([("group", "i8"), ("digest", "S16"), ("named", "i1")])  # named: a patient or clip, not a folder
-
-
-def _read_table(path, dtype, rows):
-    """A CSV of numbers -> {column: (rows,)}; columns of hex digits become uint64 (rows, words)."""
-    try:
-        table = np.loadtxt(path, dtype, delimiter=",", skiprows=1, ndmin=1)
-        columns = {name: table[name] for name in dtype.names}
-        for name, column in columns.items():
-            if column.dtype.kind == "S":
-                words = np.frombuffer(bytes.fromhex(column.tobytes().decode()), ">u8")
-                columns[name] = words.reshape(len(column), -1).astype(np.uint64)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); pack again")
-    if len(table) != rows:
-        raise ValueError(f"{path}: {len(table)} rows, pack.json names {rows}; pack again")
-    return columns
-
+from frames.packed import CROPS, MASKS, image_order, philox
 
 # ---------------------------------------------------------------- what is random: drawn on the CPU, a few floats a crop
-
-def philox(seed, step, stream, index=0):
-    """A generator that is a pure function of its arguments: no state is ever saved, and a resumed run draws the same."""
-    return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, index, stream]))
-
-
-ORDER, CROPS, MASKS = range(3)  # streams
-
-
-def image_order(groups, seed, epoch):
-    """Order of all images in an epoch, a function of (seed, epoch): each group's images are spread evenly over it.
-
-    The j-th of a group's n images, in random order, sits near (j + u) / n of the epoch, u drawn once per group, so
-    that neighbouring frames of a clip do not share a batch. Groups of one give a plain random permutation.
-    """
-    rng = philox(seed, epoch, ORDER)
-    shuffled = rng.permutation(len(groups))
-    _, member_of, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    by_group = shuffled[np.argsort(member_of[shuffled], kind="stable")]  # groups one after the other, inside shuffled
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    rank_in_group = np.arange(len(groups)) - first
-    offset = np.repeat(rng.random(len(counts)), counts)
-    return by_group[np.argsort((rank_in_group + offset) / np.repeat(counts, counts), kind="stable")]
-
 
 def draw_boxes(rng, sizes, n, scale, ratio=(3 / 4, 4 / 3)):
     """RandomResizedCrop's draw, n boxes per image of width, height `sizes` (B, 2) -> (B, n, 4): left, top, width, height.

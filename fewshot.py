@@ -21,21 +21,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import classifier
-import phantom
-from baselines import (DEFAULT_SIZE, Model, add_arguments, check_names, common_network, list_models, named_files,
-                       open_backbone, own_size, split_name)
-from exchange import read_features
-from features import Images, cached_features, few_shot_vector, outside_fans, read_image
-from images import Frame
-from leakage import overlap
-from lists import SPLITS, LabelledSet, groups_have_names, read_labelled
-from metrics import balanced_accuracy, group_confusion, macro_f1
-from plots import curves_png
-from probes import linear_probe, logistic_regression, nearest_mean, nearest_neighbours
-from report import check_output, shorten, write_json
+from frames import phantom
+from frames.images import Frame, read_image
+from frames.leakage import overlap
+from frames.lists import groups_have_names
+from labelled.labels import LabelledSet, read_labelled
+from labelled.splits import SPLITS
+from labelled.store import Images, outside_fans
+from networks.baselines import (DEFAULT_SIZE, Model, add_arguments, check_names, common_network, list_models,
+                                named_files, open_backbone, own_size, split_name)
 from runtime import clear_errors, cosine_schedule, setup
-from stats import bootstrap, interval, resampling_weights
+from scores.exchange import read_features
+from scores.metrics import balanced_accuracy, group_confusion, macro_f1
+from scores.plots import curves_png
+from scores.report import check_output, shorten, write_json
+from scores.stats import bootstrap, interval, resampling_weights
+from training import classifier
+from training.features import cached_features, few_shot_vector
+from training.probes import linear_probe, logistic_regression, nearest_mean, nearest_neighbours
 
 SCRIPT = "fewshot.py"
 SCORES = {"balanced accuracy": balanced_accuracy, "macro F1": macro_f1}

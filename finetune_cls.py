@@ -23,23 +23,25 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import classifier
-import phantom
 import runtime
-from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models,
-                       named_files, open_backbone, own_size)
-from exchange import read_features, read_predictions
-from features import BLOCKS, Images, cached_features, read_image
-from images import Frame
+from frames import phantom
+from frames.images import Frame, read_image
 from kernels import all_reduce
-from lists import LabelledSet, check_splits, read_labelled, split_groups
+from labelled.labels import LabelledSet, read_labelled
+from labelled.splits import check_splits, split_groups
+from labelled.store import Images
 from model import SIZES
-from plots import confusion_png
-from probes import knn, linear_grid, validation_f1
-from report import (STATISTICS, by_column, by_table, check_output, class_table, compare, count, counts_line,
-                    detectable_sentence, few_groups, files_of, find_copies, latex, runs_text, slug, table, write_json,
-                    write_predictions, write_split, write_text)
-from weights import merge_seen
+from networks.baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models,
+                                named_files, open_backbone, own_size)
+from networks.weights import merge_seen
+from scores.exchange import read_features, read_predictions
+from scores.plots import confusion_png
+from scores.report import (STATISTICS, by_column, by_table, check_output, class_table, compare, count, counts_line,
+                           detectable_sentence, few_groups, files_of, find_copies, latex, runs_text, slug, table,
+                           write_json, write_predictions, write_split, write_text)
+from training import classifier
+from training.features import BLOCKS, cached_features
+from training.probes import knn, linear_grid, validation_f1
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 2_000_000, 1200, 64  # none of pretraining's phantoms, nor of fewshot.py's
 SCRIPT = "finetune_cls.py"
@@ -53,7 +55,7 @@ PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes 
 NOT_RECIPE = {"data", "exclude", "group_regex", "by", "ckpt", "features", "predictions", "seeds", "output_dir", "latex",
               "cache", "save_every", "preset", "linear", "knn", "linear_steps", "eval_batch_size"}
 
-# of n images: names, labels (ints into classes), groups; indices of the parts; columns for --by; images: features.Images
+# of n images: names, labels (ints into classes), groups; indices of the parts; columns for --by; images: store.Images
 Data = collections.namedtuple("Data", "names labels classes groups grouped_by train val test columns images")
 
 

@@ -7,7 +7,6 @@ once on the test groups; the runs of one folder make one table of what training 
     python finetune_multi.py                                            # phantoms, four tasks of four kinds
     python finetune_multi.py --data FMC_UIA --ckpt dinov3_vits16.pth --paradigm task clinical all --seeds 3
     torchrun --nproc_per_node 8 finetune_multi.py --data FMC_UIA --ckpt last.pt
-    python finetune_multi.py --data FMC_UIA_VAL --ckpt multi/all-seed0.pt --predict submission
 """
 
 import argparse
@@ -20,20 +19,20 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import multi_data
-import multi_train
 import runtime
-from baselines import DEFAULT_SIZE, common_network, full_layerscale, list_models, open_backbone
-from challenge import challenge_scores, leaderboard, sound_scores, table
 from kernels import all_reduce
+from labelled import task_sets
+from labelled.fmc_uia import GROUPS_FILE
 from model import SIZES
-from multi_predict import predict_all
-from multi_report import Truth, compare_paradigms, methods_sentences, table_of_paradigms
-from plots import gates_png
-from report import check_output, count, files_of, find_copies, number, slug, write_json, write_split
+from networks.baselines import DEFAULT_SIZE, common_network, full_layerscale, list_models, open_backbone
+from networks.weights import merge_seen
 from runtime import cosine_schedule
-from segmenter import batches
-from weights import merge_seen
+from scores.challenge import challenge_scores, leaderboard, sound_scores, table
+from scores.multi_report import Truth, compare_paradigms, methods_sentences, table_of_paradigms
+from scores.plots import gates_png
+from scores.report import check_output, count, files_of, find_copies, number, slug, write_json, write_split
+from training import many_tasks
+from training.segmenter import batches
 
 SCRIPT = "finetune_multi.py"
 PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound."
@@ -46,7 +45,7 @@ PRESETS = {
 }
 # may differ between a run and its resumption; what the images and checkpoints are is checked by their digests
 NOT_RECIPE = {"data", "tasks", "group_regex", "groups", "skip_wrong_rows", "val_fraction", "test_fraction", "test_seed",
-              "paradigm", "ckpt", "seeds", "seed", "output_dir", "save_every", "preset", "eval_batch_size", "predict"}
+              "paradigm", "ckpt", "seeds", "seed", "output_dir", "save_every", "preset", "eval_batch_size"}
 
 
 def get_args(argv=None):
@@ -61,8 +60,7 @@ def get_args(argv=None):
     # data
     add("--tasks", nargs="+", metavar="TASK", help="only these")
     add("--group_regex", help="first capture in an image's path is its patient, clip or examination")
-    add("--groups", metavar="FILE.csv", default=os.path.join(os.path.dirname(os.path.abspath(__file__)),
-                                                             "fmc_uia_groups.csv"),
+    add("--groups", metavar="FILE.csv", default=GROUPS_FILE,
         help="task,group: clinical groups, of --paradigm clinical and of the table")
     add("--skip_wrong_rows", **flag, default=False, help="leave out rows that are wrong, instead of stopping")
     add("--val_fraction", type=float, default=0.1, help="share of groups kept for validation")
@@ -70,8 +68,8 @@ def get_args(argv=None):
     add("--test_seed", type=int, default=0, help="of the groups drawn for validation and test")
     # model
     add("--paradigm", nargs="+", choices=PARADIGMS, default=["all"], help="a model per task, per group, for all")
-    add("--ckpt", nargs="+", metavar="FILE", help="backbone to start from, or none; with --predict finished runs; "
-        "default: last.pt if it is here, else none")
+    add("--ckpt", nargs="+", metavar="FILE", help="backbone to start from, or none; default: last.pt if it is here, "
+        "else none")
     add("--arch", choices=SIZES, default="vit_small", help="of `none`, which is made as DINOv3's")
     add("--img_size", type=int, default=256, help="side that images are squashed to, a multiple of a patch's")
     add("--experts", type=int, default=4, help="of each mixture; 1 is the dense network")
@@ -96,7 +94,6 @@ def get_args(argv=None):
     add("--seeds", type=int, default=1, help="training seeds; their mean is scored")
     add("--seed", type=int, default=0, help="the first of them, and of the statistics")
     # the run
-    add("--predict", metavar="OUT", help="write the challenge's submission for the images of --data, and stop")
     add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
     add("--eval_batch_size", type=int, default=32, help="images per forward pass where nothing is learned")
     add("--output_dir", default="multi", help="where everything goes; the same command again resumes")
@@ -108,12 +105,10 @@ def get_args(argv=None):
 
 
 def check_args(p, args):
-    if args.data is None and (args.group_regex or args.skip_wrong_rows or args.predict):
-        p.error("--group_regex, --skip_wrong_rows and --predict need --data: phantoms have no files")
-    if args.predict and not args.ckpt:
-        p.error("--predict needs --ckpt: finished runs of this script that have the tasks of --data")
-    if not args.predict and len(args.ckpt or ()) > 1:
-        p.error("--ckpt: one backbone to start from; several runs are for --predict")
+    if args.data is None and (args.group_regex or args.skip_wrong_rows):
+        p.error("--group_regex and --skip_wrong_rows need --data: phantoms have no files")
+    if len(args.ckpt or ()) > 1:
+        p.error("--ckpt: one backbone to start from; several finished runs are for predict.py")
     least = dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
                  img_size=1, weight_decay=0, experts=1, task_dim=1, channels=32, backbone_lr=0, balance_weight=0,
                  rope_rescale=1, top_k=1)
@@ -157,22 +152,22 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     tasks, per = [data.tasks[number] for number in numbers], [data.per[number] for number in numbers]
     how = dict(experts=args.experts, blocks=args.moe_blocks, top_k=args.top_k, task_dim=args.task_dim,
                channels=args.channels)
-    shares = [multi_data.class_shares(*both) for both in zip(tasks, per)]
-    network, gradients, optimizer = multi_train.build(backbone, tasks, shares, how, seed, device)
+    shares = [task_sets.class_shares(*both) for both in zip(tasks, per)]
+    network, gradients, optimizer = many_tasks.build(backbone, tasks, shares, how, seed, device)
     rates = argparse.Namespace(**{**vars(args), "backbone_lr": args.lr if info["digest"] is None else args.backbone_lr})
     steps = rounds * len(tasks)
     share_of_rate = cosine_schedule(1.0, 0.0, steps, round(args.warmup_fraction * steps))
-    turns = multi_train.whose_turn(len(tasks), rounds, seed)
+    turns = many_tasks.whose_turn(len(tasks), rounds, seed)
 
     # ---- resume ----
     identity = {key: value for key, value in vars(rates).items() if key not in NOT_RECIPE}
     identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
-                    images=multi_data.digest_of(data, numbers, canvases), tasks=[list(task) for task in tasks])
+                    images=task_sets.digest_of(data, numbers, canvases), tasks=[list(task) for task in tasks])
     saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
     best, start = {"normalised": -np.inf, "step": 0, "scores": {}, "state": None}, 0
     if saved and "values" in saved:
         return saved["values"], saved["best"], saved["gates"]
-    guesses = {number: multi_train.guessed_score(data.tasks[number], data.per[number], data) for number in numbers}
+    guesses = {number: many_tasks.guessed_score(data.tasks[number], data.per[number], data) for number in numbers}
     if saved:
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -194,10 +189,10 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
         turn = turns[step]
         task, part = tasks[turn], per[turn]
         rows = part.train[next(sources[turn])[own]]
-        x, target = multi_data.make_batch(task, part, canvases, rows, own, seed, taken[turn], batch, args, stats,
+        x, target = task_sets.make_batch(task, part, canvases, rows, own, seed, taken[turn], batch, args, stats,
                                           device)
-        rescale = multi_train.draw_scales(network, args.rope_rescale, seed, step, rank)
-        losses[turn] += multi_train.train_step(network, gradients, optimizer, turn, x, target, batch,
+        rescale = many_tasks.draw_scales(network, args.rope_rescale, seed, step, rank)
+        losses[turn] += many_tasks.train_step(network, gradients, optimizer, turn, x, target, batch,
                                                share_of_rate[step], rates, rescale)
         taken[turn] += 1
         bar.update()
@@ -209,7 +204,7 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
                              f"{', '.join(tasks[i].name for i in np.flatnonzero(~losses.isfinite().cpu()))} is not "
                              f"finite; a lower --lr?")
         if validates:
-            scores, found, gates = multi_train.validate(network, numbers, data, canvases, guesses, stats, args, device,
+            scores, found, gates = many_tasks.validate(network, numbers, data, canvases, guesses, stats, args, device,
                                                         rank, world_size)
             if found > best["normalised"]:
                 best = {"normalised": found, "step": done, "scores": scores,
@@ -236,7 +231,7 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     network.eval()
     values, gates = {}, {}
     for position, (task, part) in enumerate(zip(tasks, per)):
-        found, shares = multi_train.test_values(network, position, task, part, data, canvases, stats, args, device,
+        found, shares = many_tasks.test_values(network, position, task, part, data, canvases, stats, args, device,
                                                 rank, world_size)
         values[task.name] = {name: torch.from_numpy(value) for name, value in found.items()}
         if shares is not None:
@@ -294,8 +289,8 @@ def truth_of(data):
     truth = {}
     for task, own in zip(data.tasks, data.per):
         images = own.images[own.test]
-        labels = multi_train.labels_of(task, own, own.test)
-        guess = multi_train.guess_values(task, own, data, own.test, True)
+        labels = many_tasks.labels_of(task, own, own.test)
+        guess = many_tasks.guess_values(task, own, data, own.test, True)
         truth[task.name] = Truth(task.kind, task.K, data.units[images], labels, np.hypot(*data.sizes[images].T), guess)
     return truth
 
@@ -339,7 +334,7 @@ def read_paradigms(folder, settings, data):
 def settings_of(data, args, info):
     """What runs must have in common to be compared: recipe, data, parts, start and seeds."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
-    settings.update(images=multi_data.digest_of(data, range(len(data.tasks)), data.images.at(args.img_size)),
+    settings.update(images=task_sets.digest_of(data, range(len(data.tasks)), data.images.at(args.img_size)),
                     start=info["digest"], config=info["config"], seed=args.seed, seeds=args.seeds)
     return json.loads(json.dumps(settings))
 
@@ -373,18 +368,17 @@ def counts_lines(data, args):
     for task, own in zip(data.tasks, data.per):
         parts = ", ".join(f"{part} {len(rows):,}" for part, rows in
                           (("train", own.train), ("validation", own.val), ("test", own.test)))
-        yield f"  {task.name}: {task.kind}, {parts} images; mirrored: {'yes' if multi_data.flips(task, args) else 'no'}"
+        yield f"  {task.name}: {task.kind}, {parts} images; mirrored: {'yes' if task_sets.flips(task, args) else 'no'}"
 
 
 def main(args):
     # ---- setup ----
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    if args.predict:
-        return predict_all(args)
     args.ckpt = args.ckpt or (["last.pt"] if os.path.exists("last.pt") else ["none"])
     model, = list_models(args.ckpt, "from scratch")
     if len(model.paths) > 1:
-        raise ValueError(f"--ckpt {args.ckpt[0]}: one backbone to start from; several runs are for --predict")
+        raise ValueError(f"--ckpt {args.ckpt[0]}: one backbone to start from; several finished runs are for "
+                         f"predict.py")
     if str(model.paths[0]).startswith("timm:"):
         raise ValueError(f"--ckpt {args.ckpt[0]}: timm's networks know no tasks; give a file of pretrain.py, of DINOv2 "
                          f"or DINOv3")
@@ -398,7 +392,7 @@ def main(args):
     if args.rope_rescale != 1 and like and like["config"].get("pos") != "rope":
         raise ValueError(f"--rope_rescale {args.rope_rescale:g} is for rotary positions, those of "
                          f"{model.paths[0]} are learned: leave it out")
-    data = multi_data.open_data(args, clinical="clinical" in args.paradigm)
+    data = task_sets.open_data(args, clinical="clinical" in args.paradigm)
     if unknown := {*args.no_flip} - {*SIDES} - {task.name for task in data.tasks}:
         raise ValueError(f"--no_flip {' '.join(sorted(unknown))}: the tasks are "
                          f"{', '.join(task.name for task in data.tasks)}")

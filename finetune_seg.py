@@ -23,19 +23,19 @@ from PIL import Image
 from tqdm import tqdm
 
 import runtime
-import segmenter
-from baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, full_layerscale,
-                       list_models, named_files, open_backbone)
-from exchange import read_predicted_masks
 from kernels import all_reduce
-from mask_report import circumference_table, compare_masks, mask_class_table
+from labelled.mask_sets import PHANTOM_SIZE, class_shares, digest_of, draw_shots, open_data
 from model import SIZES
-from plots import best_median_worst, overlay_png
-from report import (STATISTICS, check_output, count, counts_line, detectable_sentence, few_groups, files_of,
-                    find_copies, latex, runs_text, slug, table, write_json, write_split, write_text)
-from seg_data import (PHANTOM_SIZE, class_shares, digest_of, digest_of_scores, draw_shots, mask_path, open_data,
-                      own_circumference, score_files, score_network, stack)
-from weights import merge_seen
+from networks.baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models,
+                                full_layerscale, list_models, named_files, open_backbone)
+from networks.weights import merge_seen
+from scores.exchange import read_predicted_masks
+from scores.mask_report import circumference_table, compare_masks, mask_class_table
+from scores.plots import best_median_worst, overlay_png
+from scores.report import (STATISTICS, check_output, count, counts_line, detectable_sentence, few_groups, files_of,
+                           find_copies, latex, runs_text, slug, table, write_json, write_split, write_text)
+from training import segmenter
+from training.segmenter import digest_of_scores, mask_path, own_circumference, score_files, score_network, stack
 
 SCRIPT = "finetune_seg.py"
 PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound. "

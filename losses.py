@@ -1,4 +1,4 @@
-"""What a step minimises: student and teacher, DINO and iBOT against the teacher's targets, KoLeo, the targets' health.
+"""What a step minimises: projection heads, DINO and iBOT against the teacher's targets, KoLeo, the targets' health.
 
 DINOv2 (arXiv 2304.07193), section 4, with the scales of its released code. b images of a micro-batch, L local crops of
 each, M masked patches, C width, K prototypes; the (rows, K) probabilities are never written.
@@ -9,16 +9,57 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from kernels import LogitChunks, prototype_loss, sinkhorn, softmax_center, update_center
-from model import DINOHead, VisionTransformer, draw_rescale
+from model import VisionTransformer, draw_rescale, init_linear
 
 STUDENT_TEMP = 0.1  # DINOv2's constant that nobody tunes
 KOLEO_EPS, KOLEO_MIN_DISTANCE = 1e-8, 1e-4
 HEALTH_ROWS = 64  # teacher rows whose targets are looked at for the log
 
 
-class Network(torch.nn.Module):
+# ---------------------------------------------------------------- student and teacher
+
+class Prototypes(nn.Module):
+    """Weight-normed linear layer without bias: rows of weight_v have length one, times weight_g."""
+
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim).uniform_(-1, 1))
+
+    def weight(self):
+        return self.weight_g * F.normalize(self.weight_v, dim=1)  # (K, bottleneck)
+
+    def forward(self, x):
+        return F.linear(x, self.weight())  # (rows, K)
+
+
+class DINOHead(nn.Module):
+    """MLP to a unit-length bottleneck, then K prototypes: (rows, in_dim) -> logits (rows, K)."""
+
+    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, init_std=0.02):
+        super().__init__()
+        if nlayers == 1:
+            self.mlp = nn.Linear(in_dim, bottleneck_dim)
+        else:
+            layers = [nn.Linear(in_dim, hidden_dim), nn.GELU()]
+            for _ in range(nlayers - 2):
+                layers += [nn.Linear(hidden_dim, hidden_dim), nn.GELU()]
+            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        init_linear(self.mlp, init_std)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim)
+
+    def bottleneck(self, x):
+        x = self.mlp(x)  # (rows, bottleneck)
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+    def forward(self, x):
+        return self.last_layer(self.bottleneck(x))
+
+
+class Network(nn.Module):
     """Backbone and heads of the student or the teacher; state-dict keys backbone.*, dino_head.*[, ibot_head.*]."""
 
     def __init__(self, config, args):
@@ -31,6 +72,8 @@ class Network(torch.nn.Module):
     def patch_head(self):
         return self.ibot_head if hasattr(self, "ibot_head") else self.dino_head
 
+
+# ---------------------------------------------------------------- losses
 
 def koleo_loss(x, groups):
     """Kozachenko-Leonenko spreading loss (DINOv2, section 4): -mean log distance to the nearest other row. x (b, C).
@@ -124,6 +167,8 @@ def student_losses(student, micro, class_target, patch_target, temp, batch, draw
     koleo = koleo_loss(global_cls[:b], micro["groups"]) + koleo_loss(global_cls[b:], micro["groups"])
     return torch.stack((dino, ibot, koleo)), losses[:, 2:].sum()
 
+
+# ---------------------------------------------------------------- for the log
 
 @torch.no_grad()
 def target_health(target, temp):

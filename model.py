@@ -1,25 +1,25 @@
-"""The vision transformer of DINOv2 and DINOv3, its projection head, and their learning rates.
+"""The vision transformer of DINOv2 and DINOv3: its block, then the whole.
 
 State-dict keys, constructor keywords and results are those of facebookresearch/dinov2, so official weights load
 strictly and ours load elsewhere. Differences, all invisible from outside: tokens of every crop size go through the
-linear layers as one packed (T, C) matrix, and drop path gets its random indices from the caller. The block is in
-layers.py; families.py renames the keys of others, DINOv3's among them.
+linear layers as one packed (T, C) matrix; LayerNorm's affine part and LayerScale are folded into the linear layers
+beside them, so that a block keeps few activations; drop path gets its random indices from the caller.
+networks/families.py renames the keys of others, DINOv3's among them.
 
 B images, N tokens of an image (cls, registers, patches), T = sum of B * N over crop sizes, C width, H heads,
 D head dim, P patches, K prototypes; an image is (B, in_chans, h, w), a map of its patches (B, C, rows, columns).
 """
 
 import math
-import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
-from layers import Block, PatchEmbed, init_linear
 
 SIZES = {
     "vit_micro": dict(embed_dim=128, depth=4, num_heads=4),  # the CPU preset's, for trying things
@@ -35,7 +35,197 @@ SIZES = {
 DINOV3 = dict(pos="rope", norm_eps=1e-5, mask_k_bias=True)  # what its ViT has beside a size; DINOv2's are the defaults
 
 
-# ---------------------------------------------------------------- transformer
+# ---------------------------------------------------------------- a block on packed tokens
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, in_chans, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        # the convolution as a matrix product, whose gradient is deterministic on a GPU (cuDNN's need not be)
+        p = self.proj.kernel_size[0]
+        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, c, p, p)
+        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, P, C)
+
+
+class Normalize(torch.autograd.Function):
+    """LayerNorm before its weight and bias. All it keeps is its output, which the next linear layer keeps as well."""
+
+    @staticmethod
+    def forward(ctx, x, eps, dtype):
+        y, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        y = y.to(dtype)
+        ctx.save_for_backward(y, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, rstd = ctx.saved_tensors
+        y, grad = y.to(rstd.dtype), grad.to(rstd.dtype)
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward(  # of an input y, whose mean is 0 and rstd 1
+            grad, y, y.shape[-1:], torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False])
+        return grad * rstd, None, None
+
+
+class GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)). It keeps x alone: GELU, the widest matrix of a block, is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad @ weight, x), grad.T @ F.gelu(x), grad.sum(0)
+
+
+def autocast_dtype(x):
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def normalize(x, norm):
+    return Normalize.apply(x, norm.eps, autocast_dtype(x))
+
+
+def folded(linear, dtype, norm=None, scale=None, bias_mask=None):
+    """Weight and bias of scale(linear(norm(x))) for an x that is normalised already; `bias_mask` multiplies its bias.
+
+    LayerNorm's weight and bias and LayerScale are products with small matrices here, not passes over all tokens, and
+    their gradients need no tokens kept: they come from the gradient of the folded weight.
+    """
+    weight, bias = linear.weight, linear.bias if bias_mask is None else linear.bias * bias_mask
+    if norm is not None:
+        weight, bias = weight * norm.weight, bias + (weight * norm.bias).sum(1)
+    if scale is not None:
+        weight, bias = weight * scale.gamma[:, None], bias * scale.gamma
+    return weight.to(dtype), bias.to(dtype)
+
+
+class Attention(nn.Module):
+    """The weights of attention; Block.forward uses them. With `mask_k_bias` (DINOv3) keys have no bias of their own."""
+
+    def __init__(self, dim, num_heads, mask_k_bias):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        mask = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim) if mask_k_bias else None  # (3C,)
+        self.register_buffer("bias_mask", mask, persistent=False)  # in no file of ours: the config says it
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x, norm, scale, routing=None):
+        x = F.linear(x, *folded(self.fc1, x.dtype, norm=norm))  # (T, hidden)
+        return GeluLinear.apply(x, *folded(self.fc2, x.dtype, scale=scale))  # (T, C)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        hidden_dim = (int(hidden_dim * 2 / 3) + 7) // 8 * 8  # as many parameters as the MLP, in multiples of 8
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x, norm, scale, routing=None):
+        gate, value = F.linear(x, *folded(self.w12, x.dtype, norm=norm)).chunk(2, dim=-1)  # (T, hidden) each
+        return F.linear(F.silu(gate) * value, *folded(self.w3, x.dtype, scale=scale))
+
+
+FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": SwiGLU}  # DINOv2's names
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, init_values):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
+
+
+class KeepRows(torch.autograd.Function):
+    """x[rows]. rows are distinct, so backward is a gather by their inverse too: no atomic additions into zeros."""
+
+    @staticmethod
+    def forward(ctx, x, rows, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, rows)  # (kept, C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inverse, = ctx.saved_tensors
+        return torch.where(inverse[:, None] >= 0, grad.index_select(0, inverse.clamp(min=0)), 0.0), None, None
+
+
+class AddRows(torch.autograd.Function):
+    """x + scale * residual where a row was kept, x elsewhere; scale (T, 1) is 0 there."""
+
+    @staticmethod
+    def forward(ctx, x, residual, rows, inverse, scale):
+        ctx.save_for_backward(rows, scale)
+        ctx.dtype = residual.dtype
+        return torch.addcmul(x, residual.index_select(0, inverse.clamp(min=0)).to(x.dtype), scale)  # (T, C), like x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, scale = ctx.saved_tensors
+        return grad, (grad.index_select(0, rows) * scale.index_select(0, rows)).to(ctx.dtype), None, None, None
+
+
+def keep_images(x, shapes, drop):
+    """The tokens (kept, C) that a residual branch works on, and their shapes: all, or those of some random images.
+
+    Stochastic depth as DINOv2 does it: each crop size keeps a share of its images, the residual is scaled by
+    images / kept, and the dropped images cost nothing. drop = (rows, inverse, scale, kept_shapes), or None.
+    """
+    return (x, shapes) if drop is None else (KeepRows.apply(x, *drop[:2]), drop[3])
+
+
+def add_residual(x, residual, drop):
+    """x + residual. x stays float32 whatever the branch computed in: at a LayerScale of 1e-5 bf16 would lose it all."""
+    return x + residual if drop is None else AddRows.apply(x, residual, *drop[:3])
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, mlp_ratio, ffn_layer, init_values, norm_eps=1e-6, mask_k_bias=False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, mask_k_bias)
+        self.ls1 = LayerScale(dim, init_values) if init_values else None
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, init_values) if init_values else None
+        self.attend = attention
+
+    def forward(self, x, shapes, drops=(None, None), rope=None, routing=None):
+        """Packed tokens (T, C) -> the same. routing: what moe.MixtureOfExperts takes in place of `mlp` asks for."""
+        y, kept_shapes = keep_images(x, shapes, drops[0])  # (kept tokens, C)
+        y = normalize(y, self.norm1)
+        y = F.linear(y, *folded(self.attn.qkv, y.dtype, self.norm1, bias_mask=self.attn.bias_mask))  # (kept tokens, 3C)
+        y = self.attend(y, kept_shapes, self.attn.num_heads, rope)
+        x = add_residual(x, F.linear(y, *folded(self.attn.proj, y.dtype, scale=self.ls1)), drops[0])  # (T, C)
+        y, _ = keep_images(x, shapes, drops[1])
+        return add_residual(x, self.mlp(normalize(y, self.norm2), self.norm2, self.ls2, routing), drops[1])
+
+
+def init_linear(module, std):
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+
+# ---------------------------------------------------------------- the transformer
 
 class VisionTransformer(nn.Module):
     """DINOv2's ViT. `drop_path_rate` is the same for every block (DINOv2's drop_path_uniform, UltraDINO's choice in
@@ -221,8 +411,10 @@ class VisionTransformer(nn.Module):
         return tuple(outputs)
 
 
+# ---------------------------------------------------------------- drop path
+
 def draw_kept(branches, shapes, kept_images, rng, device):
-    """What layers.keep_images takes, for each of `branches`: random `kept_images` images of each group (B, N)."""
+    """What keep_images takes, for each of `branches`: random `kept_images` images of each group (B, N)."""
     first_row, first_kept, rows, inverse, scale, kept_shapes = 0, 0, [], [], [], []
     for (B, N), kept in zip(shapes, kept_images):
         chosen = np.sort(rng.random((branches, B)).argsort(axis=1)[:, :kept], axis=1)  # (branches, kept)
@@ -244,6 +436,8 @@ def to_device(array, device):
     x = torch.from_numpy(array)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
+
+# ---------------------------------------------------------------- positions
 
 def position_matrix(side, grid, offset=0.0, antialias=False):
     """The matrix (P, side^2) that bicubic interpolation applies to a side x side map to give `grid` = (rows, columns).
@@ -283,68 +477,3 @@ def draw_rescale(depth, groups, limit, rng):
     for each block and crop group, float64 (depth, groups). None where limit is 1: positions as in evaluation.
     """
     return None if limit == 1 else np.exp(rng.uniform(-math.log(limit), math.log(limit), (depth, groups)))
-
-
-# ---------------------------------------------------------------- projection head
-
-class Prototypes(nn.Module):
-    """Weight-normed linear layer without bias: rows of weight_v have length one, times weight_g."""
-
-    def __init__(self, in_dim, out_dim):
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim).uniform_(-1, 1))
-
-    def weight(self):
-        return self.weight_g * F.normalize(self.weight_v, dim=1)  # (K, bottleneck)
-
-    def forward(self, x):
-        return F.linear(x, self.weight())  # (rows, K)
-
-
-class DINOHead(nn.Module):
-    """MLP to a unit-length bottleneck, then K prototypes: (rows, in_dim) -> logits (rows, K)."""
-
-    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, init_std=0.02):
-        super().__init__()
-        if nlayers == 1:
-            self.mlp = nn.Linear(in_dim, bottleneck_dim)
-        else:
-            layers = [nn.Linear(in_dim, hidden_dim), nn.GELU()]
-            for _ in range(nlayers - 2):
-                layers += [nn.Linear(hidden_dim, hidden_dim), nn.GELU()]
-            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        init_linear(self.mlp, init_std)
-        self.last_layer = Prototypes(bottleneck_dim, out_dim)
-
-    def bottleneck(self, x):
-        x = self.mlp(x)  # (rows, bottleneck)
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-    def forward(self, x):
-        return self.last_layer(self.bottleneck(x))
-
-
-# ---------------------------------------------------------------- learning rates
-
-PATCH_EMBED_LR_MULT = 0.2  # DINOv2's, on top of the layer-wise decay
-
-
-def parameter_groups(network, layerwise_decay, patch_embed_lr_mult=PATCH_EMBED_LR_MULT):
-    """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale.
-
-    A network around timm's model says backbone.model.blocks.
-    """
-    depth, groups = len(network.backbone.blocks), {}
-    for name, parameter in network.named_parameters():
-        layer = depth + 1  # heads and the final norm
-        if block := re.match(r"backbone\.(?:model\.)?blocks\.(\d+)\.", name):
-            layer = 1 + int(block[1])
-        elif any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
-            layer = 0
-        lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (patch_embed_lr_mult if "patch_embed" in name else 1)
-        wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
-        key = (lr_multiplier, wd_multiplier, "last_layer" in name)
-        groups.setdefault(key, []).append(parameter)
-    return [dict(params=parameters, lr_multiplier=lr, wd_multiplier=wd, is_last_layer=last)
-            for (lr, wd, last), parameters in groups.items()]

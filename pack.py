@@ -4,7 +4,7 @@
     python pack.py /export_2023 train_paths.csv train.pack --exclude '*_mask.png' --holdout test.csv
     python pack.py /clips clips.pack --group_regex '([^/]+)_frame[0-9]+' --dedup --max_per_group 200
 
-SRC is a recursive folder, a text list or a CSV; the files of a pack are described at data.Pack. What cannot be read is
+SRC is a recursive folder, a text list or a CSV; the files of a pack are described in frames/packed.py. What cannot be read is
 skipped, counted and listed in OUT/skipped.txt. Until a pack is complete it is called OUT.part; the same command goes on
 with it after an interruption or a full disk. --holdout keeps benchmark images out. An image is left out when
 
@@ -18,12 +18,12 @@ A line says where groups could not be compared, so that other images of a held-o
 
 import argparse
 import contextlib
-import csv
 import errno
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -32,12 +32,13 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from data import GROUPS, INDEX, PACK_VERSION, Pack
-from images import ROW, Frame, count_frames, decode_all, measure
-from leakage import salted
-from lists import list_images
-from phantom import phantom_images
-from selection import Holdout, choose, groups_of, list_reasons, report, size_text
+from frames.images import ROW, Frame, count_frames, decode_all, measure
+from frames.leakage import salted
+from frames.lists import list_images
+from frames.packed import PACK_VERSION, Pack, read_json, settle, write_json, write_skipped, write_tables
+from frames.phantom import phantom_images
+from frames.selection import Holdout, choose, groups_of, list_reasons, report, size_text
+from labelled.labels import has_labels, read_labelled
 
 try:
     import fcntl
@@ -125,8 +126,8 @@ class Journal:
         files = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
         begun = {"version": PACK_VERSION, "files": files, "recipe": made_from}
         if not os.path.exists(begun_path):
-            _write_json(begun_path, {**begun, "salt": os.urandom(16).hex()})
-        found = _read_json(begun_path)
+            write_json(begun_path, {**begun, "salt": os.urandom(16).hex()})
+        found = read_json(begun_path)
         self.salt = bytes.fromhex(found.pop("salt"))
         if found != begun:
             raise ValueError(f"{part}: was begun with other arguments or other files "
@@ -250,90 +251,23 @@ def decode_into(journal, images, todo, crop_fan, max_skipped, workers, log):
         raise
 
 
-# ---------------------------------------------------------------- from an unfinished pack to a pack
+# ---------------------------------------------------------------- what is held out
 
-def write_tables(part, rows, groups, named, keep, names, canvas, salt, **info):
-    """Write all of a pack but its canvases, which settle() brings into the order of the tables; pack.json comes last.
-
-    The last kept canvases move into the gaps that dropped ones leave: what moves is never overwritten, so that a run
-    killed amid the moves repeats them.
-    """
-    kept, order = np.flatnonzero(keep), np.arange(keep.sum())
-    gaps = np.flatnonzero(~keep[:len(kept)])
-    order[gaps] = kept[kept >= len(kept)]  # (images,): where each image's canvas lies now
-    np.save(os.path.join(part, "moves.npy"), np.stack((gaps, order[gaps]), axis=1))
-    rows, groups, named = rows[order], groups[order], named[order]
-    _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
-    numbers = np.argsort(np.argsort(first))[group_of]  # groups counted in order of appearance
-    digest = hashlib.sha256(str(canvas).encode())
-    with open(os.path.join(part, "index.csv"), "w") as index:
-        index.write(",".join(INDEX.names) + "\n")
-        columns = (rows["width"], rows["height"], numbers, rows["hash"], rows["looks"], rows["colour"], rows["mm"])
-        # one by one: as lists, the columns of two million images take gigabytes
-        for width, height, number, content, looks, colour, mm in zip(*columns):
-            line = (f"{width},{height},{number},{content:016x},{''.join(f'{word:016x}' for word in looks)},{colour},"
-                    f"{mm[0]:.6g},{mm[1]:.6g}\n")
-            index.write(line)
-            digest.update(line.encode())
-    with open(os.path.join(part, "groups.csv"), "w") as file:
-        file.write(",".join(GROUPS.names) + "\n")
-        first = np.sort(first)
-        file.writelines(f"{number},{group:016x},{flag:d}\n" for number, (group, flag) in enumerate(
-            zip(groups[first].tolist(), named[first].tolist())))
-    with open(os.path.join(part, "names.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "frame"])
-        writer.writerows((names[image], frame) for image, frame in zip(rows["image"], rows["frame"]))
-    for name in ("moves.npy", "index.csv", "groups.csv", "names.csv", "skipped.txt"):
-        with open(os.path.join(part, name), "ab") as file:
-            os.fsync(file.fileno())
-    # Python integers are exact, so the moments depend neither on order nor on workers
-    count = len(rows) * canvas * canvas
-    total, squares = sum(rows["sum"].tolist()), sum(rows["squares"].tolist())
-    std = (count * squares - total * total) ** 0.5 / count / 255
-    _write_json(os.path.join(part, "pack.json"), {
-        "version": PACK_VERSION, "images": len(rows), "canvas": canvas, "mean": total / count / 255, "std": std,
-        "groups": len(first), "digest": digest.hexdigest(), "salt": salt.hex(), **info})
-
-
-def write_skipped(part, reasons):
-    """skipped.txt: name, tab, reason, a line each."""
-    escape = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-    with open(os.path.join(part, "skipped.txt"), "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{name.translate(escape)}\t{reason.translate(escape)}\n" for name, reason in reasons)
-
-
-def settle(part, out):
-    """Bring the canvases into the order of the tables, and give the pack its name; can be repeated after a crash."""
-    info = _read_json(os.path.join(part, "pack.json"))
-    path, size = os.path.join(part, "canvases.u8"), info["canvas"] ** 2
-    if os.path.getsize(path) > info["images"] * size:
-        canvases = np.memmap(path, np.uint8, "r+").reshape(-1, size)
-        for target, origin in np.load(os.path.join(part, "moves.npy")).tolist():
-            canvases[target] = canvases[origin]
-        canvases.flush()
-        del canvases
-        os.truncate(path, info["images"] * size)
-    for name in ("rows", "failed", "begun.json", "moves.npy"):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(part, name))
-    os.rename(part, out)
-    os.remove(os.path.join(out, "lock"))
-    return info
-
-
-def _write_json(path, content):
-    """All of it or nothing: what is half written has another name."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def _read_json(path):
-    with open(path) as file:
-        return json.load(file)
+def read_holdout(sources, group_regex):
+    """(paths of images, names of groups, real paths of folders) that --holdout keeps out of a pack."""
+    paths, names, folders = [], set(), set()
+    for source in sources:
+        labelled = has_labels(source)  # labels tell class folders; rows of all splits are held out
+        images = read_labelled(source, by=None) if labelled else list_images(source)
+        paths += images.paths
+        if images.grouped_by.startswith("group column"):
+            names |= set(images.groups)
+        elif group_regex:  # names are relative to the holdout here: one without a match still counts by its pixels
+            matches = [re.search(group_regex, name) for name in images.names]
+            names |= {match[1] for match in matches if match and match[1]}
+        elif not labelled or images.grouped_by.endswith("parent folder"):
+            folders |= {os.path.realpath(folder) for folder in set(map(os.path.dirname, images.paths))}
+    return paths, names, folders
 
 
 # ---------------------------------------------------------------- the two packs
@@ -349,8 +283,8 @@ def make_pack(sources, out, *, exclude=(), holdout=(), canvas=384, group_regex=N
         tables = os.path.join(part, "pack.json")
         if not os.path.exists(tables):
             fill(part, images, made_from, holdout, max_skipped, workers, log)
-        elif _read_json(tables)["recipe"] != made_from:
-            differ = differing(_read_json(tables)["recipe"], made_from)
+        elif read_json(tables)["recipe"] != made_from:
+            differ = differing(read_json(tables)["recipe"], made_from)
             raise ValueError(f"{part}: was begun with other arguments ({differ}); delete it to pack anew, or choose "
                              f"another OUT")
         info = settle(part, out)
@@ -368,7 +302,7 @@ def fill(part, images, made_from, holdout, max_skipped, workers, log):
     say = log if len(names) > 100_000 else lambda _: None  # what takes minutes then
     if holdout:
         say("reading what is held out")
-    held = Holdout(holdout, made_from["group_regex"], journal.salt, workers)
+    held = Holdout(*read_holdout(holdout, made_from["group_regex"]), journal.salt, workers)
     held_groups = held.known_groups(images, digests)
     skip = np.isin(digests, held_groups)  # not even read
     decode_into(journal, images, np.flatnonzero(~skip), made_from["crop_fan"], max_skipped, workers, log)

@@ -28,8 +28,9 @@ import runtime
 from data import PretrainBatches, to_device
 from kernels import all_reduce
 from losses import Network, draw_drops, student_losses, target_health, teacher_targets
-from model import DINOV3, SIZES, parameter_groups
-from weights import grey_backbone, load_strict, merge_seen
+from model import DINOV3, SIZES
+from networks.weights import grey_backbone, load_strict, merge_seen
+from runtime import parameter_groups
 
 # DINOv2's constants that nobody tunes (its ssl_default_config)
 FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 1.0, 1e-6, (0.9, 0.999)
@@ -56,8 +57,8 @@ WORKER_GONE = (ConnectionResetError, ConnectionRefusedError, EOFError)  # instea
 CROP_SIZES = ("global_crops_size", "local_crops_size")
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
 PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir", "init"}  # kept out of last.pt: they can name patients
-NOT_RECIPE = PATHS | {*pack.OPTIONS, "num_workers", "log_every", "save_every", "reference_ops", "preset", "preview",
-                      "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations", "dry_run"}
+NOT_RECIPE = PATHS | {*pack.OPTIONS, "num_workers", "log_every", "save_every", "reference_ops", "preset",
+                      "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations"}
 
 
 def get_args(argv=None):
@@ -129,8 +130,6 @@ def get_args(argv=None):
     p.add_argument("--checkpoint_activations", **flag, help="compute each block twice instead of remembering it: less memory, slower")
     p.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
-    p.add_argument("--dry_run", **flag, help="print what the run would cost in memory, work and time, and stop; needs no data")
-    p.add_argument("--preview", **flag, help="draw a few images' crops into OUTPUT_DIR/preview.png, over any, and stop")
     p.add_argument("--reference_ops", **flag, help="plain torch instead of the Triton kernels, to compare the two")
     p.set_defaults(**{**PRESETS[preset], **(INIT[preset] if chosen.init else {}), "preset": preset})
     args = p.parse_args(argv)
@@ -342,9 +341,6 @@ def main(args):
     # ---- setup ----
     if args.init:
         open_init(args)  # first: it sets crop sizes, and whatever is wrong with the file shows before hours of packing
-    if args.dry_run or args.preview:
-        from tools import dry_run, preview
-        return dry_run.dry_run(args) if args.dry_run else preview.preview(args)
     os.makedirs(args.output_dir, exist_ok=True)
     data = open_data(args)  # before the process group: packing takes longer than a collective waits
     start = open_init(args, data.mean, data.std) if args.init else None

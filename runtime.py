@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import zipfile
 import numpy as np
 import torch
 import torch.distributed as dist
+
+PATCH_EMBED_LR_MULT = 0.2  # DINOv2's, on top of the layer-wise decay
 
 
 # ---------------------------------------------------------------- processes
@@ -190,7 +193,27 @@ def rename_aside(path):
     return f"{stem}.old-{number}{extension}"
 
 
-# ---------------------------------------------------------------- tensors
+# ---------------------------------------------------------------- parameters and tensors
+
+def parameter_groups(network, layerwise_decay, patch_embed_lr_mult=PATCH_EMBED_LR_MULT):
+    """AdamW's groups after DINOv2: a rate that falls towards the input, no decay of biases, norms and LayerScale.
+
+    A network around timm's model says backbone.model.blocks.
+    """
+    depth, groups = len(network.backbone.blocks), {}
+    for name, parameter in network.named_parameters():
+        layer = depth + 1  # heads and the final norm
+        if block := re.match(r"backbone\.(?:model\.)?blocks\.(\d+)\.", name):
+            layer = 1 + int(block[1])
+        elif any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
+            layer = 0
+        lr_multiplier = layerwise_decay ** (depth + 1 - layer) * (patch_embed_lr_mult if "patch_embed" in name else 1)
+        wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
+        key = (lr_multiplier, wd_multiplier, "last_layer" in name)
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=parameters, lr_multiplier=lr, wd_multiplier=wd, is_last_layer=last)
+            for (lr, wd, last), parameters in groups.items()]
+
 
 def flatten_parameters(network):
     """Move each sub-module's parameters, and gradients, into one flat buffer each: [(parameters, gradients), ...].

@@ -15,7 +15,8 @@ import sys
 import time
 
 import numpy as np
-from real_cpu import FLAGS, GROUP, MASKS, hold_out_both
+
+from real_cpu import FLAGS, GROUP, MASKS, hold_out_both  # first: it puts the project on the path
 from record import ROOT, machine, write_part
 
 OPTIONS = {"as the paper (--flip vertical)": [], "--flip horizontal": ["--flip", "horizontal"],

@@ -18,10 +18,12 @@ import subprocess
 import sys
 
 import numpy as np
+
 from real_cpu import FLAGS, GROUP, MASKS, hold_out_both  # first: it puts the project on the path
-from features import Images, read_image
-from leakage import look_alikes
-from lists import read_labelled
+from frames.images import read_image
+from frames.leakage import look_alikes
+from labelled.labels import read_labelled
+from labelled.store import Images
 from record import ROOT, record
 from runtime import load_checkpoint
 

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 from record import ROOT, reporter  # first: it puts the project on the path
 import gpu_kernels
-import phantom
 import plain
-import weights
+from frames import phantom
 from gpu_kernels import ONE, TEMP, whole_loss
-from model import DINOHead
+from losses import DINOHead
+from networks import weights
 from runtime import load_checkpoint
 from steps import Ours, Plain, arguments, one_batch
 from timing import divided, goal, rounds

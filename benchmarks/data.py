@@ -5,9 +5,11 @@
 
 reading  images and bytes a second that arrive from DataLoader workers, as pretrain.py asks for them
 packing  CPU time a frame of pack.py and of a ten-crop loader, on the same files; CPU time of a trained image either way
+workers  how soon pack.py's processes decode and what they keep in memory, and the same where they import torch
 scale    2,000,000 canvases against 10,000: cost of a step, start, memory
 """
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -15,6 +17,8 @@ import re
 import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,14 +29,16 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from record import ROOT, reporter  # first: it puts the project on the path, whose data.py is not this file
 import data
-import phantom
 import pretrain
 import runtime
+from frames import phantom
+from frames.packed import INDEX, PACK_VERSION, Pack, image_order
 from pack import make_pack
 from timing import goal
 
 READING, START, MEMORY, ORDER = 2.2, 10.0, 1000.0, 2.0  # goals: GB/s at least; at most seconds, MB, seconds
 JPEG, PNG, FLAT = 4.0, 1.3, 1.2  # times the ten-crop loader's rate at least; a step of a large pack, of a small one's
+LEAN = 0.5  # of what processes cost that import torch
 EPOCHS = 128  # the recipe: 256,000,000 images seen of 2,000,000
 
 
@@ -58,16 +64,16 @@ def write_pack(folder, images, groups, canvas, noise=False):
         for first in range(0, images if noise else 0, len(block)):
             file.write(block[:images - first])
         file.truncate(images * canvas ** 2)
-    row = np.zeros((), data.INDEX)
-    row["width"], row["height"], row["looks"] = 640, 480, b"0" * data.INDEX["looks"].itemsize
+    row = np.zeros((), INDEX)
+    row["width"], row["height"], row["looks"] = 640, 480, b"0" * INDEX["looks"].itemsize
     with open(os.path.join(folder, "index.csv"), "w") as file:
-        file.write(",".join(data.INDEX.names) + "\n")
+        file.write(",".join(INDEX.names) + "\n")
         for index in range(images):
             row["group"], row["hash"] = index * groups // images, b"%016x" % index
             file.write(",".join(x.decode() if isinstance(x, bytes) else str(x) for x in row.tolist()) + "\n")
     with open(os.path.join(folder, "groups.csv"), "w") as file:
         file.write("group,digest,named\n" + "".join(f"{group},{group:016x},1\n" for group in range(groups)))
-    info = dict(version=data.PACK_VERSION, images=images, canvas=canvas, mean=0.2, std=0.2, groups=groups, digest="",
+    info = dict(version=PACK_VERSION, images=images, canvas=canvas, mean=0.2, std=0.2, groups=groups, digest="",
                 grouped_by="number")
     Path(folder, "pack.json").write_text(json.dumps(info))
     return folder
@@ -104,7 +110,7 @@ def bare_row(pack, batch, steps):
 
 
 def part_reading(report, folder, images=15_000, canvas=384, batch=128, steps=120, repeats=5):
-    pack = data.Pack(write_pack(os.path.join(folder, "noise.pack"), images, max(images // 400, 1), canvas, noise=True))
+    pack = Pack(write_pack(os.path.join(folder, "noise.pack"), images, max(images // 400, 1), canvas, noise=True))
     args = pretrain.get_args(["--preset", "ultradino", "--batch_size_per_gpu", str(batch)])
     pinned = torch.zeros(batch, canvas, canvas, dtype=torch.uint8)
     kinds = {"2 workers": lambda: loader_row(data.PretrainBatches(pack, args), 2, steps),
@@ -241,6 +247,70 @@ def part_packing(report, folder, frames=120, repeats=5, reading_ms=None):
                            JPEG if "JPEG" in row["files"] else PNG, row["times faster"], True) for row in rows])
 
 
+# ---------------------------------------------------------------- packing's processes
+
+WITH_TORCH = """import sys
+sys.path.insert(0, {root!r})
+import torch  # noqa: F401
+import pack
+if __name__ == "__main__":
+    pack.main(pack.get_args())
+"""
+
+
+def private_mb(pid):
+    """What a process alone keeps in memory, by Linux; 0 if it has just ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return sum(map(int, re.findall(r"^Private_(?:Clean|Dirty):\s*(\d+) kB", text, re.M))) / 1024
+
+
+def decoding_processes(pid):
+    """Of a pack.py that runs: the children of its fork server."""
+    children = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            children.setdefault(int(status.read_text().rsplit(")", 1)[1].split()[1]), []).append(int(status.parent.name))
+    return [own for child in children.get(pid, ()) for own in children.get(child, ())]
+
+
+def packing_row(script, source, out, workers):
+    """How soon the first canvases of a packing are on disk, and the largest of its decoding processes."""
+    command = [sys.executable, script, source, out, "--canvas", "64", "--workers", str(workers)]
+    started, first, most = time.monotonic(), None, 0.0
+    running, canvases = subprocess.Popen(command, stdout=subprocess.DEVNULL), Path(f"{out}.part/canvases.u8")
+    while running.poll() is None:
+        with contextlib.suppress(OSError):
+            if first is None and canvases.stat().st_size:
+                first = time.monotonic() - started
+        if first is not None:  # before it, looking would slow what is timed
+            most = max([most, *map(private_mb, decoding_processes(running.pid))])
+        time.sleep(0.005)
+    if running.returncode:
+        raise ChildProcessError(f"{' '.join(command)}: exit status {running.returncode}")
+    shutil.rmtree(out)
+    return {"first canvases, s": first or time.monotonic() - started, "private MB of a process": most}
+
+
+def part_workers(report, folder, frames=1000, workers=2, repeats=5):
+    source, script = save_frames(folder, frames, 240, 320)["PNG"], os.path.join(folder, "with_torch.py")
+    Path(script).write_text(WITH_TORCH.format(root=str(ROOT)))
+    rows = {"pack.py": [], "with torch": []}
+    for number in range(repeats + 1):  # the first time unmeasured
+        for (name, found), path in zip(rows.items(), (str(ROOT / "pack.py"), script)):
+            row = packing_row(path, source, os.path.join(folder, "frames.pack"), workers)
+            found += [row] * (number > 0)
+    keys = list(rows["pack.py"][0])
+    report(f"{frames:,} phantom PNG files of 320x240, {workers} processes, medians of {repeats} rounds in turn: from the "
+           f"command's start to the first canvases on disk, and the largest private memory of a decoding process. With "
+           f"torch: the same, where the script that each process imports anew imports torch, too.",
+           [{"script": name, **{key: median_of(found, key) for key in keys}} for name, found in rows.items()])
+    report("Goals.", [goal(f"{key}, of the script's with torch", LEAN, statistics.median(
+        own[key] / other[key] for own, other in zip(*rows.values()))) for key in keys])
+
+
 # ---------------------------------------------------------------- scale
 
 def memory_mb(key):
@@ -262,11 +332,11 @@ def part_scale(report, folder, small=10_000, large=2_000_000, groups=5_000, canv
     args.batch_size_per_gpu = min(args.batch_size_per_gpu, small // (steps * (repeats + 1)))
     folders = [write_pack(os.path.join(folder, f"{images}.pack"), images, min(groups, images), canvas)
                for images in (small, large)]
-    few = data.PretrainBatches(data.Pack(folders[0]), args)
+    few = data.PretrainBatches(Pack(folders[0]), args)
     few.indices(0)
     before = memory_mb("Private_Dirty")
     started = time.monotonic()
-    pack = data.Pack(folders[1])
+    pack = Pack(folders[1])
     opened = time.monotonic()
     many = data.PretrainBatches(pack, args)
     many.indices(0)
@@ -278,7 +348,7 @@ def part_scale(report, folder, small=10_000, large=2_000_000, groups=5_000, canv
     private = memory_mb("Private_Dirty")
     mixed = np.random.default_rng(0).permutation(pack.groups)
     shuffled = time.monotonic()
-    data.image_order(mixed, 0, 1)
+    image_order(mixed, 0, 1)
     shuffled = time.monotonic() - shuffled
     times = []
     for number in range(repeats + 1):
@@ -307,8 +377,9 @@ def part_scale(report, folder, small=10_000, large=2_000_000, groups=5_000, canv
 
 # quick: what a test can wait for; its figures mean nothing
 QUICK = {"reading": dict(images=60, canvas=32, batch=4, steps=4, repeats=2), "packing": dict(frames=3, repeats=2),
-         "scale": dict(small=300, large=3000, groups=30, canvas=32, steps=2, repeats=2)}
-PARTS = {"reading": ("Reading", part_reading), "packing": ("Packing", part_packing), "scale": ("Scale", part_scale)}
+         "workers": dict(frames=20, repeats=1), "scale": dict(small=300, large=3000, groups=30, canvas=32, steps=2, repeats=2)}
+PARTS = {"reading": ("Reading", part_reading), "packing": ("Packing", part_packing),
+         "workers": ("Packing's processes", part_workers), "scale": ("Scale", part_scale)}
 
 
 def main():

@@ -7,13 +7,13 @@ from torch import nn
 from record import ROOT  # noqa: F401  first: it puts the project on the path
 import finetune_multi
 import mixture
-import multi_train
-from baselines import full_layerscale, open_backbone
-from fmc_uia import Task
 from gpu_kernels import compared
-from layers import LayerScale, Mlp, SwiGLU
-from moe import MixtureOfExperts, Routing
+from labelled.fmc_uia import Task
+from model import LayerScale, Mlp, SwiGLU
+from networks.baselines import full_layerscale, open_backbone
+from networks.moe import MixtureOfExperts, Routing
 from timing import divided, first_line, free, peak_of, step_times, waits
+from training import many_tasks
 
 TASKS = [Task("outlines", "segmentation", 4), Task("planes", "classification", 8), Task("box", "detection", 1),
          Task("ends", "regression", 2)]
@@ -72,7 +72,7 @@ class Steps:
         depth = len(backbone.blocks)
         how = dict(experts=args.experts, blocks=range(depth // 2, depth), top_k=args.top_k, task_dim=args.task_dim,
                    channels=args.channels)
-        self.parts = multi_train.build(backbone, TASKS, [None] * len(TASKS), how, 0, device)
+        self.parts = many_tasks.build(backbone, TASKS, [None] * len(TASKS), how, 0, device)
         draws, B = torch.Generator().manual_seed(0), args.batch_size
         corners = torch.rand(B, 2, 2, generator=draws).sort(1).values
         targets = (torch.randint(4, (B, size, size), generator=draws), torch.randint(8, (B,), generator=draws),
@@ -81,7 +81,7 @@ class Steps:
         self.targets = [target.to(device) for target in targets]
 
     def step(self, number):
-        return lambda: multi_train.train_step(*self.parts, number, self.x, self.targets[number], len(self.x), 1.0,
+        return lambda: many_tasks.train_step(*self.parts, number, self.x, self.targets[number], len(self.x), 1.0,
                                               self.args)
 
 

@@ -14,10 +14,11 @@ import sys
 import time
 
 import numpy as np
-from ablations import SHOTS, run, score
+
+from ablations import SHOTS, run, score  # first: it puts the project on the path
+import pretrain
 from real_cpu import FLAGS, GROUP, MASKS, hold_out_both
 from record import ROOT, machine, write_part
-import pretrain
 
 NAIVE = ("base_lr", "momentum_teacher", "freeze_backbone_fraction")  # what --init changes in the cpu preset
 

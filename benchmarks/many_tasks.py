@@ -14,10 +14,12 @@ import glob
 import os
 
 import numpy as np
+
 from comparison import get_args, pretraining, run, write_results  # first: it puts the project on the path
-from features import Images, read_image
-from fmc_uia import read_tasks, split_tasks
-from leakage import look_alikes
+from frames.images import read_image
+from frames.leakage import look_alikes
+from labelled.fmc_uia import read_tasks, split_tasks
+from labelled.store import Images
 
 EXAMINATION = r"(\d+)_\d*HC"
 GROUPS = {"breast_3cls": "breast", "breast_lesion": "breast", "breast_lesion_det": "breast", "fetal_head": "head",

@@ -15,7 +15,7 @@ import torch
 
 from record import ROOT, machine, write_part  # first: it puts the project on the path
 from model import SIZES, VisionTransformer
-from moe import Routing, add_experts
+from networks.moe import Routing, add_experts
 from timing import divided, free, peak_bytes, rounds
 
 MIXTURES = {"dense": None, "2": (2, None), "4": (4, None), "8": (8, None), "4, top 2": (4, 2), "4, top 1": (4, 1)}

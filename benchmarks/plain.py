@@ -4,7 +4,7 @@ Written after facebookresearch/dinov2 without xFormers: one forward per crop siz
 path on a random subset of each crop size's images, (rows, K) logits of all rows at once, targets and log-softmax as
 (rows, K) matrices in float32, autocast, fused AdamW, EMA by foreach. Where torch has a faster way to say the same,
 it is taken (index_select instead of indexing). No code is shared with model.py and kernels/; only names of weights are,
-so that both can start from the same state dict, and tests/test_benchmarks.py can show that both compute the same.
+so that both can start from the same state dict, and tests/benchmarks can show that both compute the same.
 """
 import contextlib
 import math

@@ -11,8 +11,9 @@ import csv
 import os
 
 import numpy as np
+
 from record import ROOT, record  # first: it puts the project on the path
-from lists import read_labelled
+from labelled.labels import read_labelled
 
 MASKS = ["*_Mask.png", "*_mask.png", "fmc_uia/*"]
 GROUP = r"([^/]+/[^/]+?)(?:_frame\d+|_\d*HC)?\.\w+$"  # a video of pocus, an examination of hc18, an image of busi

@@ -1,11 +1,11 @@
-"""What a mask costs: a segmenter's forward pass, and segment.py over a folder; tables go to
+"""What a mask costs: a segmenter's forward pass, and predict.py over a folder; tables go to
 benchmarks/results/segment_speed.md and .json.
 
     python benchmarks/segment_speed.py                       # both parts, six minutes on one core
     python benchmarks/segment_speed.py --parts folder        # one; the other's results stay
 
 forward  ViT-S/16 at 224 pixels with each decoder, random weights: ms per image, batches of 1, 8 and 32
-folder   segment.py over 200 and 800 files, each in a process of its own: ms per image, and that memory does not grow
+folder   predict.py over 200 and 800 files, each in a process of its own: ms per image, and that memory does not grow
 """
 import argparse
 import contextlib
@@ -26,13 +26,13 @@ import torch
 from PIL import Image
 
 from record import ROOT, reporter  # first: it puts the project on the path
-import phantom
+import predict
 import runtime
-import segment
-import segmenter
-from decoders import Segmenter
+from frames import phantom
 from model import SIZES, VisionTransformer
+from networks.decoders import Segmenter
 from timing import divided, goal, rounds
+from training import segmenter
 
 DECODERS = {"UPerNet, as wide as the backbone": dict(name="upernet", channels=None, norm="group"),
             "UPerNet, 128 channels": dict(name="upernet", channels=128, norm="group"),
@@ -93,12 +93,12 @@ def save_frames(folder, number, distinct=25, height=480, width=640):
 
 
 def child(ckpt, folder, out, batch_size):
-    """segment.py in this process: print what it took."""
+    """predict.py in this process: print what it took."""
     torch.set_num_threads(1)
     words = ["--ckpt", ckpt, "--data", folder, "--output_dir", out, "--batch_size", batch_size]
     started = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        segment.main(segment.get_args(words))
+        predict.main(predict.get_args(words))
     spent, used = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
     # by Linux: ru_maxrss would start from what the process that started this one had
     peak = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
@@ -131,7 +131,7 @@ def part_folder(report, arch="vit_small", side=SIDE, sizes=(200, 800), batch_siz
     for name in ("ms an image", "CPU ms an image", "peak MB"):
         large[f"{name}, ratio"] = large[name] / small[name]
     device = "GPU" if torch.cuda.is_available() else "CPU, one thread of torch"
-    report(f"segment.py on a {device}: {arch} at {side} pixels, {decoder} decoder, batches of {batch_size}; PNG files "
+    report(f"predict.py on a {device}: {arch} at {side} pixels, {decoder} decoder, batches of {batch_size}; PNG files "
            f"of 640x480 in the page cache, masks of that size. Times are beyond those of a folder of one image, CPU "
            f"time is of all threads, reading and writing too; ratios to the smaller folder.", rows)
     report("Goal.", [goal(f"peak memory, {large['images']} images, of {small['images']} images'", GROWTH,

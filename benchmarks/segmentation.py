@@ -13,9 +13,11 @@ import csv
 import os
 
 import numpy as np
+
 from real_cpu import MASKS, hold_out  # first: it puts the project on the path
 from comparison import SEEDS, get_args, held_out, pretraining, run, write_results
-from lists import list_images, read_labelled
+from frames.lists import list_images
+from labelled.labels import read_labelled
 
 COMMON = ["--preset", "cpu", "--img_size", "80", "--channels", "32", "--lr", "0.001", "--val_every", "50"]
 LINEAR, FEW = ["--frozen", "--decoder", "linear", "--lr", "0.01"], ["--shots", "20", "--split_seed", "0", "1", "2"]

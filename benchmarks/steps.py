@@ -10,7 +10,7 @@ import data
 import kernels
 import plain
 import pretrain
-from model import parameter_groups
+from runtime import parameter_groups
 
 VALUES = dict(lr=1e-5, weight_decay=0.04, momentum=0.992, teacher_temp=0.07, freeze_last_layer=False,
               freeze_backbone=False)

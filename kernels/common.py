@@ -42,7 +42,7 @@ def takes_kernel(x):
 
 
 def launch(kernel, grid, x, *args, **constants):
-    """kernel[grid](x, ...); nothing where x is a shape without numbers, as when --dry_run predicts memory."""
+    """kernel[grid](x, ...); nothing where x is a shape without numbers, as when tools/dry_run.py predicts memory."""
     if not isinstance(x, FakeTensor):
         kernel[grid](x, *args, **constants)
 

@@ -2,11 +2,11 @@
 import csv
 
 import numpy as np
+import stage_tools
 from PIL import Image
+from stage_tools import run_main, save_rows
 
 import finetune_cls
-import stage_tools
-from stage_tools import run_main, save_rows
 
 CLASSES = ("alpha", "be_ta", "c%l")
 QUICK = ("--epochs", 2, "--batch_size", 10, "--warmup_epochs", 0, "--lr", "1e-3", "--img_size", 16)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import load_frame, read_frames
+from frames.images import load_frame, read_frames
 
 
 def speckle(seed, shape=(20, 30)):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ON_GPU
 
 import kernels
-from conftest import ON_GPU
 from kernels.common import HAVE_TRITON
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.npz"

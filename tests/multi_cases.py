@@ -4,12 +4,12 @@ import argparse
 import numpy as np
 import torch
 
-import multi_data
-import multi_train
-from fmc_uia import Task
+from labelled import task_sets
+from labelled.fmc_uia import Task
+from labelled.mask_sets import squash
+from labelled.task_sets import Data, TaskData
 from model import VisionTransformer
-from multi_data import Data, TaskData
-from seg_data import squash
+from training import many_tasks
 
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=3, num_heads=2, num_register_tokens=1,
               init_values=0.5, init_std=0.2)
@@ -52,7 +52,7 @@ def built(random=True, tasks=TASKS, config=(), **how):
     """(network, gradients, optimizer); random: no weight is 0, so that all of the network matters."""
     torch.manual_seed(3)
     backbone = VisionTransformer(**{**CONFIG, **dict(config)})
-    made = multi_train.build(backbone, tasks, [None] * len(tasks), {**HOW, **how}, 1, CPU)
+    made = many_tasks.build(backbone, tasks, [None] * len(tasks), {**HOW, **how}, 1, CPU)
     for p in made[0].parameters() if random else ():
         p.data.normal_(std=0.25)
     return made
@@ -61,5 +61,5 @@ def built(random=True, tasks=TASKS, config=(), **how):
 def batch_of(number, n=4):
     data, canvases = small_data()
     own = data.per[number]
-    return multi_data.make_batch(TASKS[number], own, canvases, own.train[:n], slice(0, n), 0, 0, n,
+    return task_sets.make_batch(TASKS[number], own, canvases, own.train[:n], slice(0, n), 0, 0, n,
                                  argparse.Namespace(augment=False), STATS, CPU)

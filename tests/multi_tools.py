@@ -6,15 +6,15 @@ import pathlib
 
 import numpy as np
 import pytest
+import stage_tools
 import torch
+from file_tools import save
+from stage_tools import run_main, save_rows
 
 import finetune_multi
-import multi_report
-import phantom
-import stage_tools
-from file_tools import save
-from fmc_uia import Task
-from stage_tools import run_main, save_rows
+from frames import phantom
+from labelled.fmc_uia import Task
+from scores import multi_report
 
 SIDE, PATIENTS = 32, 36
 TASKS = [Task("FUGC", "regression", 2), Task("fetal_head", "segmentation", 3),

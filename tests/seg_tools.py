@@ -1,12 +1,12 @@
 """What the tests of finetune_seg.py share: a small set with masks, scores written out by hand, main() called here."""
 import numpy as np
 import sklearn.metrics
-from PIL import Image
-
-import finetune_seg
 import stage_tools
 from file_tools import save
+from PIL import Image
 from stage_tools import run_main, save_rows
+
+import finetune_seg
 
 CLASSES = ("bo_x", "s%tripe")
 NAMED = ("--classes", "bo_x=1", "s%tripe=2")

@@ -18,7 +18,7 @@ import torch
 import kernels
 import runtime
 from model import VisionTransformer
-from weights import load_backbone
+from networks.weights import load_backbone
 
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, init_values=0.5)
 SPLITS = ("train", "val", "test")
@@ -123,6 +123,13 @@ def command(script, folder, *flags, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"] * (processes > 1)
     start = [sys.executable, *torchrun, pathlib.Path(script.__file__).resolve(), *map(str, flags)]
     return subprocess.run(start, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def run_tool(name, folder, *flags):
+    """python -m tools.NAME, in `folder`: the finished process."""
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(runtime.__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-m", f"tools.{name}", *map(str, flags)], cwd=folder, env=env,
+                          capture_output=True, text=True, encoding="utf-8", timeout=120)
 
 
 def report_of(script, folder, *flags, processes=1):

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import pack
-from lists import list_images
+from frames.lists import list_images
+from frames.packed import CROPS, MASKS, Pack, image_order, philox
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_crops_are_crop_major(frame):
 def test_boxes_follow_random_resized_crop():
     """Area share, aspect and position in original pixels, for a wide image; inside it always."""
     sizes = np.tile([960, 660], (500, 1))
-    boxes = data.draw_boxes(data.philox(0, 0, data.CROPS), sizes, 8, (0.05, 0.32)).reshape(-1, 4)
+    boxes = data.draw_boxes(philox(0, 0, CROPS), sizes, 8, (0.05, 0.32)).reshape(-1, 4)
     left, top, width, height = boxes.T
     assert (left >= 0).all() and (top >= 0).all() and (left + width <= 960).all() and (top + height <= 660).all()
     area = width * height / (960 * 660)
@@ -142,19 +143,19 @@ def test_boxes_follow_random_resized_crop():
 
 
 def test_boxes_fall_back_to_the_largest_centred_one():
-    boxes = data.draw_boxes(data.philox(0, 0, data.CROPS), np.array([[3000, 10], [10, 3000]]), 50, (0.5, 1.0))
+    boxes = data.draw_boxes(philox(0, 0, CROPS), np.array([[3000, 10], [10, 3000]]), 50, (0.5, 1.0))
     assert (boxes[0] == [1493, 0, 13, 10]).all()  # height 10 at aspect 4:3, in the middle of 3,000
     assert (boxes[1] == [0, 1493, 10, 13]).all()
 
 
 def test_squashed_canvas_keeps_the_true_aspect():
     """A square crop of a 200 x 100 image is twice as high as wide on the square canvas."""
-    draws = data.draw_crops(data.philox(0, 0, data.CROPS), np.array([[200, 100]] * 400), 64, 1, (0.1, 0.2), 0, 0)
+    draws = data.draw_crops(philox(0, 0, CROPS), np.array([[200, 100]] * 400), 64, 1, (0.1, 0.2), 0, 0)
     assert np.log(draws["box"][..., 3] / draws["box"][..., 2]).mean() == pytest.approx(np.log(2), abs=0.03)
 
 
 def test_probabilities_of_the_draws():
-    draws = data.draw_crops(data.philox(3, 5, data.CROPS), np.array([[100, 100]] * 4000), 64, 2, (0.3, 1.0),
+    draws = data.draw_crops(philox(3, 5, CROPS), np.array([[100, 100]] * 4000), 64, 2, (0.3, 1.0),
                             [0.0, 0.9], (0, 0.2))
     assert draws["flip"].mean() == pytest.approx(0.5, abs=0.02)
     assert (draws["brightness"] == 1).mean() == pytest.approx(0.2, abs=0.02)
@@ -185,7 +186,7 @@ def test_masks_are_dealt_evenly(batch, share, probability):
     masked, ratio = int(2 * batch * probability), (0.1, 0.5)
     edges, bound = np.linspace(*ratio, masked + 1), data.mask_bound(share, batch, 196, probability, ratio)
     for step in range(5):
-        dealt = data.deal_strata(data.philox(0, step, data.MASKS), batch, masked)
+        dealt = data.deal_strata(philox(0, step, MASKS), batch, masked)
         assert sorted(dealt[dealt >= 0]) == list(range(masked))
         for first in range(0, batch, share):
             mine = dealt[:, first:first + share]
@@ -217,7 +218,7 @@ def one_block_mask(tries, grid, target):
 @pytest.mark.parametrize("grid", [(14, 14), (6, 9), (3, 3), (1, 5), (37, 37)])
 def test_block_masks_are_ibots(grid):
     patches = grid[0] * grid[1]
-    tries, targets = data.philox(0, 0, data.MASKS).random((60, data.MASK_TRIES, 4)), np.arange(60) * patches // 110
+    tries, targets = philox(0, 0, MASKS).random((60, data.MASK_TRIES, 4)), np.arange(60) * patches // 110
     masks = data.block_masks(tries, grid, targets)
     for mask, *one in zip(masks, tries, targets):
         assert (mask == one_block_mask(one[0], grid, one[1])).all()
@@ -227,7 +228,7 @@ def test_block_masks_are_ibots(grid):
 
 
 def test_block_masks_are_blocks():
-    mask = data.block_masks(data.philox(0, 0, data.MASKS).random((1, data.MASK_TRIES, 4)), (14, 14), np.array([60]))[0]
+    mask = data.block_masks(philox(0, 0, MASKS).random((1, data.MASK_TRIES, 4)), (14, 14), np.array([60]))[0]
     inner = mask[1:-1, 1:-1]
     neighbours = (mask[:-2, 1:-1] * 1 + mask[2:, 1:-1] + mask[1:-1, :-2] + mask[1:-1, 2:])[inner]
     assert neighbours.mean() > 2.5  # of 4; independent patches at this ratio would have 1.2
@@ -243,18 +244,18 @@ def test_masks_do_not_depend_on_who_asks():
 
 def test_order_is_a_permutation_that_spreads_siblings():
     groups = np.repeat(np.arange(40), 25)  # 40 clips of 25 frames, stored clip after clip
-    order = data.image_order(groups, seed=0, epoch=0)
+    order = image_order(groups, seed=0, epoch=0)
     assert sorted(order) == list(range(1000))
     batches = groups[order].reshape(-1, 20)
     siblings = np.mean([len(batch) - len(set(batch)) for batch in batches])
     shuffled = groups[np.random.default_rng(0).permutation(1000)].reshape(-1, 20)
     assert siblings < 0.35 * np.mean([len(batch) - len(set(batch)) for batch in shuffled])
-    assert (order == data.image_order(groups, 0, 0)).all()
-    assert (order != data.image_order(groups, 0, 1)).any() and (order != data.image_order(groups, 1, 0)).any()
+    assert (order == image_order(groups, 0, 0)).all()
+    assert (order != image_order(groups, 0, 1)).any() and (order != image_order(groups, 1, 0)).any()
 
 
 def test_order_of_single_images_is_random():
-    order = data.image_order(np.arange(1000), seed=0, epoch=0)
+    order = image_order(np.arange(1000), seed=0, epoch=0)
     assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
 
 
@@ -327,7 +328,7 @@ def test_drawing_and_cropping_a_real_batch_shape():
 def test_a_pack_is_not_copied_to_workers(tmp_path):
     """Where workers are not forked a pack travels as its folder's name, not as gigabytes; and it arrives whole."""
     pack.pack_phantoms(tmp_path / "p.pack", 12, 32)
-    opened = data.Pack(tmp_path / "p.pack")
+    opened = Pack(tmp_path / "p.pack")
     assert len(pickle.dumps(opened)) < 1000
     assert np.array_equal(pickle.loads(pickle.dumps(opened)).canvases, opened.canvases)
 

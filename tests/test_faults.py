@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import images
 import pack
-from data import Pack
-from images import IMAGE_SUFFIXES, read_frames, resize_square
+from frames import images
+from frames.images import IMAGE_SUFFIXES, read_frames, resize_square
+from frames.packed import Pack
 
 ROOT = Path(__file__).resolve().parents[1]
 CANVAS = 32

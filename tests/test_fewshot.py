@@ -15,13 +15,12 @@ from PIL import Image
 
 import fewshot
 import finetune_cls
-import metrics
-import phantom
 import runtime
-import stats
-from leakage import content_hash, perceptual_hash
-from lists import read_labelled
+from frames import phantom
+from frames.leakage import content_hash, perceptual_hash
+from labelled.labels import read_labelled
 from model import VisionTransformer
+from scores import metrics, stats
 
 CPU = torch.device("cpu")
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2, init_values=0.5)

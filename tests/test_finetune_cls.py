@@ -10,20 +10,20 @@ import pytest
 import sklearn.metrics
 import torch
 import torch.distributed as dist
-from PIL import Image
-
-import baselines
-import classifier
-import finetune_cls
-import runtime
 from cls_tools import CLASSES, QUICK, read_rows, run, save_predictions, save_set
 from file_tools import load_grey
-from leakage import content_hash
-from metrics import CLASSIFICATION_SCORES
+from PIL import Image
 from stage_tools import one_thread  # noqa: F401
 from stage_tools import (CONFIG, SPLITS, StopAfter, assert_a_signal_is_heeded, assert_files_hold_no_names,
                          assert_latex_is_whole, assert_same_run, assert_same_table, checkpoint, command, moved,
                          report_of, save_backbone, save_rows, spy)
+
+import finetune_cls
+import runtime
+from frames.leakage import content_hash
+from networks import baselines
+from scores.metrics import CLASSIFICATION_SCORES
+from training import classifier
 
 
 @pytest.fixture

@@ -5,14 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from cls_tools import CLASSES, QUICK, read_rows, run, save_predictions, save_set
 from PIL import Image
+from stage_tools import one_thread  # noqa: F401
+from stage_tools import (SPLITS, assert_one_sentence, change_row, checkpoint, damage, keep_rows, output_errors,
+                         save_backbone, write)
 
 import finetune_cls
 import runtime
-from cls_tools import CLASSES, QUICK, read_rows, run, save_predictions, save_set
-from stage_tools import one_thread  # noqa: F401
-from stage_tools import (SPLITS, assert_one_sentence, change_row, checkpoint, damage, keep_rows,
-                         output_errors, save_backbone, write)
 
 DATA = ("--data", "set.csv")
 change, keep = partial(change_row, "set.csv"), partial(keep_rows, "set.csv")  # line 5 is of p01, in train

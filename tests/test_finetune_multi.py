@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+from multi_tools import (BASIC, CLINICAL, DATA, NAMES, QUICK, assert_equal, few_replicates, names_in_test,  # noqa: F401
+                         read_log, read_split, reports_of, run, save_all, save_tree)
 from PIL import Image
-
-import augment
-import finetune_multi
-import multi_data
-import multi_train
-import phantom
-import runtime
-from heads import open_network
-from leakage import content_hash, perceptual_hash, salted
-from model import VisionTransformer
-from multi_tools import (BASIC, CLINICAL, DATA, NAMES, QUICK, assert_equal, few_replicates, read_log,  # noqa: F401
-                         read_split, reports_of, run, save_all, save_tree, names_in_test)
 from stage_tools import StopAfter, checkpoint, command, equal, one_thread, save_backbone, spy  # noqa: F401
+
+import finetune_multi
+import runtime
+from frames import phantom
+from frames.leakage import content_hash, perceptual_hash, salted
+from labelled import augment, task_sets
+from model import VisionTransformer
+from networks.heads import open_network
+from training import many_tasks
 
 CPU = torch.device("cpu")
 PARADIGMS = ("task", "clinical", "all")
@@ -37,7 +36,7 @@ def finished(tmp_path_factory):
     looked at only."""
     folder, steps = save_all(tmp_path_factory.mktemp("finished")), []
     with pytest.MonkeyPatch.context() as patch:
-        spy(patch, multi_train, "train_step", lambda network, _, optimizer, number, x, *more, result: steps.append(
+        spy(patch, many_tasks, "train_step", lambda network, _, optimizer, number, x, *more, result: steps.append(
             (tuple(task.name for task in network.tasks), network.tasks[number].name, x.clone())))
         output, reports = run(folder, *BASIC, "--paradigm", *PARADIGMS)
     return folder, output, reports, steps
@@ -100,7 +99,7 @@ def test_the_log(finished):
 
 def test_losses_in_the_log_are_means_of_each_task(folder, monkeypatch):
     losses = []
-    spy(monkeypatch, multi_train, "train_step", lambda network, _, optimizer, number, *more, result: losses.append(
+    spy(monkeypatch, many_tasks, "train_step", lambda network, _, optimizer, number, *more, result: losses.append(
         (NAMES[number], result.item())))
     run(folder, *BASIC, "--iters", 3)
     for record, own in zip(read_log(folder / "multi" / "all-seed0.jsonl"), (losses[:8], losses[8:]), strict=True):
@@ -113,7 +112,7 @@ def outputs_of(folder, name, part):
     """{task: (its TaskData, sizes, rows of the part, what the saved network says of their canvases)}."""
     network, saved = open_network(str(folder / "multi" / f"{name}-seed0.pt"), CPU)
     args = finetune_multi.get_args([str(flag) for flag in (*BASIC, "--data", folder / "fmc")])
-    data = multi_data.open_data(args, clinical=True)
+    data = task_sets.open_data(args, clinical=True)
     for number, (task, own) in enumerate(zip(data.tasks, data.per)):
         rows = getattr(own, part)
         x = augment.normalise_only(torch.from_numpy(data.images.at(16)[own.images[rows]]), saved["mean"], saved["std"])
@@ -177,8 +176,8 @@ def test_best_step_is_the_first_maximum_of_normalised_validation(folder, monkeyp
         states.append(runtime.cpu_copy(network.state_dict()))
         return {"any": 0.0}, next(given), {}
 
-    monkeypatch.setattr(multi_train, "validate", validate)
-    spy(monkeypatch, multi_train, "test_values", lambda network, *_, result: tested.append(
+    monkeypatch.setattr(many_tasks, "validate", validate)
+    spy(monkeypatch, many_tasks, "test_values", lambda network, *_, result: tested.append(
         runtime.cpu_copy(network.state_dict())))
     _, reports = run(folder, *BASIC, "--iters", 5)
     own = states[scores.index(max(scores))]
@@ -190,8 +189,8 @@ def test_best_step_is_the_first_maximum_of_normalised_validation(folder, monkeyp
 
 
 def test_phantoms(tmp_path, monkeypatch):
-    monkeypatch.setattr(multi_data, "PHANTOM_IMAGES", 108)
-    monkeypatch.setattr(multi_data, "PHANTOM_SIZE", 32)
+    monkeypatch.setattr(task_sets, "PHANTOM_IMAGES", 108)
+    monkeypatch.setattr(task_sets, "PHANTOM_SIZE", 32)
     output, reports = run(tmp_path, "--img_size", 30, "--iters", 2, "--val_every", 1, "--batch_size", 4, "--paradigm",
                           "task", "all")
     names = ["phantom structures", "phantom planes", "phantom heart", "phantom femur"]
@@ -206,15 +205,15 @@ def test_phantoms(tmp_path, monkeypatch):
 
 def test_some_phantom_tasks(tmp_path, monkeypatch):
     """Of images that none of them has, nothing is told."""
-    monkeypatch.setattr(multi_data, "PHANTOM_IMAGES", 108)
-    monkeypatch.setattr(multi_data, "PHANTOM_SIZE", 32)
+    monkeypatch.setattr(task_sets, "PHANTOM_IMAGES", 108)
+    monkeypatch.setattr(task_sets, "PHANTOM_SIZE", 32)
     _, reports = run(tmp_path, "--img_size", 16, "--iters", 1, "--batch_size", 4, "--tasks", "phantom heart",
                      "phantom femur")
     assert list(reports["all"]["values"]) == ["phantom heart", "phantom femur"] and set(reports) == {"all", "paradigms"}
     assert 30 <= len(read_split(tmp_path / "multi")) <= 36
     args = finetune_multi.get_args(["--img_size", "32", "--tasks", "phantom heart", "phantom femur"])
-    data = multi_data.open_data(args, clinical=False)
-    images, groups, tasks = phantom.phantom_tasks(108, 32, multi_data.PHANTOM_SEED)
+    data = task_sets.open_data(args, clinical=False)
+    images, groups, tasks = phantom.phantom_tasks(108, 32, task_sets.PHANTOM_SEED)
     for task, own in zip(data.tasks, data.per):
         rows = tasks[task.name][2]
         assert np.array_equal(data.images.at(32)[own.images], images[rows])
@@ -378,21 +377,21 @@ def test_eight_images_of_each_task_are_learned():
     args = finetune_multi.get_args(["--no-augment", "--img_size", "32", "--lr", "3e-3"])
     args.dtype, args.backbone_lr = "float32", args.lr
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multi_data, "PHANTOM_IMAGES", 108)
-        patch.setattr(multi_data, "PHANTOM_SIZE", 32)
-        data = multi_data.open_data(args, clinical=False)
+        patch.setattr(task_sets, "PHANTOM_IMAGES", 108)
+        patch.setattr(task_sets, "PHANTOM_SIZE", 32)
+        data = task_sets.open_data(args, clinical=False)
     torch.manual_seed(0)
     backbone = VisionTransformer(img_size=32, patch_size=8, in_chans=1, embed_dim=48, depth=4, num_heads=2, pos="rope",
                                  mask_k_bias=True, init_values=1.0, num_register_tokens=1)
     how = dict(experts=2, blocks=[2, 3], top_k=None, task_dim=16, channels=32)
-    shares = [multi_data.class_shares(*both) for both in zip(data.tasks, data.per)]
-    network, gradients, optimizer = multi_train.build(backbone, data.tasks, shares, how, 0, CPU)
+    shares = [task_sets.class_shares(*both) for both in zip(data.tasks, data.per)]
+    network, gradients, optimizer = many_tasks.build(backbone, data.tasks, shares, how, 0, CPU)
     losses, canvases = [], data.images.at(32)
     for turn in range(40):
         for number, (task, own) in enumerate(zip(data.tasks, data.per)):
-            x, target = multi_data.make_batch(task, own, canvases, np.arange(8), slice(0, 8), 0, turn, 8, args,
+            x, target = task_sets.make_batch(task, own, canvases, np.arange(8), slice(0, 8), 0, turn, 8, args,
                                               (0.2, 0.2), CPU)
-            losses.append(multi_train.train_step(network, gradients, optimizer, number, x, target, 8, 1.0, args).item())
+            losses.append(many_tasks.train_step(network, gradients, optimizer, number, x, target, 8, 1.0, args).item())
     rounds = np.reshape(losses, (40, 4))
     share = rounds[-5:].mean(0) / rounds[0]
     assert (share < [0.25, 0.1, 0.4, 0.2]).all(), share

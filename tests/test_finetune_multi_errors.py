@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from file_tools import save
+from multi_tools import BASIC, DATA, NAMES, QUICK, few_replicates, name_of, run, save_all  # noqa: F401
 from PIL import Image
+from stage_tools import assert_one_sentence, checkpoint, damage, one_thread, save_rows, write  # noqa: F401
 
 import finetune_multi
 import runtime
-from file_tools import save
-from multi_tools import BASIC, DATA, NAMES, QUICK, few_replicates, name_of, run, save_all  # noqa: F401
-from stage_tools import (assert_one_sentence, checkpoint, damage, one_thread, save_rows, write)  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,6 @@ def remove(name):
 
 
 CLINICAL = (*BASIC, "--paradigm", "clinical", "--groups", "groups.csv")
-PREDICT = (*DATA, "--predict", "out")
 ERRORS = {  # what is prepared (or None), flags, words of the sentence
     # data
     "no such folder": (None, ("--data", "nowhere"), ["nowhere", "no such folder"]),
@@ -118,7 +117,7 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "damaged checkpoint": (damage("a.pt"), BASIC, ["a.pt", "damaged"]),
     "a finished run to start from": (None, (*DATA, "--ckpt", "finished.pt", *QUICK),
                                      ["finished.pt: a run of finetune_multi.py, whose blocks have experts",
-                                      "only its --predict takes it"]),
+                                      "only predict.py takes it"]),
     "no task of that name": (None, (*BASIC, "--no_flip", "fetal_heads"),
                              ["--no_flip fetal_heads: the tasks are FUGC, "]),
     "rescaling of learned positions": (None, (*BASIC, "--rope_rescale", 2), ["--rope_rescale 2", "a.pt are learned"]),
@@ -127,11 +126,6 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "two files of one name": (None, (*DATA, "--ckpt", "x=a.pt,finished.pt", *QUICK),
                               ["--ckpt x=a.pt,finished.pt", "one backbone"]),
     "no such block": (None, (*BASIC, "--moe_blocks", 2), ["--moe_blocks 2: blocks are 0 to 1"]),
-    # predictions
-    "predictions of nothing": (None, PREDICT, ["--predict needs --ckpt"]),
-    "predictions of phantoms": (None, ("--predict", "out", "--ckpt", "finished.pt"), ["--predict need --data"]),
-    "predictions by a backbone": (None, (*PREDICT, "--ckpt", "a.pt"), ["a.pt", "no finished run of finetune_multi.py"]),
-    "no run of a task": (None, (*PREDICT, "--ckpt", "finished.pt"), ["no run of --ckpt has the task fetal_head"]),
     # outputs
     "foreign json": (write("multi/all.json", '{"mine": 1}'), BASIC,
                      ["multi/all.json", "not written by finetune_multi.py"]),

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-
-import multi_train
 from multi_tools import BASIC, assert_equal, few_replicates, run, save_all  # noqa: F401
 from stage_tools import StopAfter, assert_same_run, checkpoint, equal, one_thread  # noqa: F401
+
+from training import many_tasks
 
 EVERY = ("--paradigm", "task", "clinical", "all")
 
@@ -95,7 +95,7 @@ def test_a_crash_in_the_test_costs_no_training(finished, fresh, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(multi_train, "test_values", too_large)
+        patch.setattr(many_tasks, "test_values", too_large)
         run(fresh, *BASIC)
     output, _ = run(fresh, *BASIC)
     assert "resuming multi/all-seed0.pt at step 16\n" in output  # the last, where nothing else would be saved
@@ -105,7 +105,7 @@ def test_a_crash_in_the_test_costs_no_training(finished, fresh, monkeypatch):
 def test_a_finished_run_is_not_trained_again(finished, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
-    monkeypatch.setattr(multi_train, "train_step", None)  # cannot be called
+    monkeypatch.setattr(many_tasks, "train_step", None)  # cannot be called
     output, reports = run(folder, *BASIC, *EVERY)
     assert "kept as" not in output and output.count("resuming ") == 4 + 2 + 1
     assert output.split("\ntask: test")[1] == finished[1].split("\ntask: test")[1]

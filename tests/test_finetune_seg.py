@@ -7,16 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-
-import baselines
-import finetune_seg
-import runtime
-import segmenter
 from file_tools import save
 from seg_tools import CLASSES, DATA, QUICK, image_dice, load, masks_of, pooled_f1, predicted, read_rows, run, save_set
 from stage_tools import one_thread  # noqa: F401
 from stage_tools import (CONFIG, SPLITS, StopAfter, assert_a_signal_is_heeded, assert_same_run, assert_same_table,
                          checkpoint, command, equal, read_log, report_of, save_backbone, save_rows, spy)
+
+import finetune_seg
+import runtime
+from networks import baselines
+from training import segmenter
 
 CPU = torch.device("cpu")
 BASIC = (*DATA, "--ckpt", "a.pt", *QUICK)

@@ -5,15 +5,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-
-import finetune_seg
-import runtime
-import segmenter
 from file_tools import save
 from seg_tools import DATA, NAMED, QUICK, draw, load, read_rows, run, save_set
 from stage_tools import one_thread  # noqa: F401
 from stage_tools import (assert_one_sentence, change_row, checkpoint, damage, keep_rows, output_errors, save_backbone,
                          write)
+
+import finetune_seg
+import runtime
+from training import segmenter
 
 WITH = (*DATA, "--ckpt", "a.pt", *QUICK)
 TEST, TRAIN = "SECRET0_0.png", "SECRET1_0.png"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-
-import finetune_seg
-from leakage import content_hash
 from seg_tools import DATA, QUICK, load, masks_of, predicted, read_rows, run, save_set
 from stage_tools import one_thread  # noqa: F401
 from stage_tools import assert_files_hold_no_names, assert_latex_is_whole, checkpoint, moved, save_backbone, spy
+
+import finetune_seg
+from frames.leakage import content_hash
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ import kernels
 import losses
 import pretrain
 from kernels import cross_entropy, sinkhorn, softmax_center, update_center
-from model import DINOHead, VisionTransformer, parameter_groups
-from weights import load_strict
+from losses import DINOHead
+from model import VisionTransformer
+from networks.weights import load_strict
+from runtime import parameter_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 VIT = dict(img_size=64, patch_size=16, in_chans=1, embed_dim=64, depth=2, num_heads=2, num_register_tokens=4)

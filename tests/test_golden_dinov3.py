@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kernel_tools import close, needs_kernels, rope_table
 
 import kernels
 import pretrain
-from families import convert
-from kernel_tools import close, needs_kernels, rope_table
 from model import DINOV3, SIZES, VisionTransformer, rope_periods
-from weights import load_backbone, load_strict
+from networks.families import convert
+from networks.weights import load_backbone, load_strict
 
 IMAGES = "64", "48x96"
 

@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from stage_tools import one_thread  # noqa: F401
 
 import data
-import leakage
 import pretrain
 import runtime
-from model import SIZES, DINOHead, VisionTransformer, parameter_groups
-from stage_tools import one_thread  # noqa: F401
-from tools import dry_run
-from weights import IMAGENET_MEAN_STD, load_backbone, merge_seen
+from frames import leakage
+from losses import DINOHead
+from model import SIZES, VisionTransformer
+from networks.weights import IMAGENET_MEAN_STD, load_backbone, merge_seen
+from runtime import parameter_groups
+from tools import dry_run, preview
 
 OURS = dict(img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_register_tokens=2,
             init_values=0.5)
@@ -222,11 +224,11 @@ class Digests:
 
     def __init__(self, number, salt=None, names=()):
         rng = np.random.default_rng(number)
-        self.seen = {"content": torch.from_numpy(rng.integers(0, 2 ** 63, 5).astype(np.uint64)), "looks":
-                     torch.from_numpy(rng.integers(0, 2 ** 63, (5, leakage.WORDS)).astype(np.uint64))}
+        self.seen = {"content": rng.integers(0, 2 ** 63, 5).astype(np.uint64),
+                     "looks": rng.integers(0, 2 ** 63, (5, leakage.WORDS)).astype(np.uint64)}
         if salt:
             digests = np.array([leakage.salted(name, salt) for name in names], np.uint64)
-            self.seen.update(group_digests=torch.from_numpy(digests), salt=salt)
+            self.seen.update(group_digests=digests, salt=salt)
 
     def digests(self):
         return dict(self.seen)
@@ -250,6 +252,7 @@ def test_images_of_the_first_pretraining_stay_seen():
     assert again["content"].dtype == again["looks"].dtype == torch.uint64
     alone = merge_seen(new.digests(), None)  # no --init, or a file that does not say what it has seen
     assert alone.keys() == new.seen.keys() and found(alone, new, old) == (5, 10)
+    assert all(torch.is_tensor(alone[kind]) for kind in ("content", "looks"))  # checkpoints hold no arrays
 
 
 @pytest.mark.parametrize("salts, counted", [((b"one", b"one"), 2), ((b"one", b"two"), 1), ((None, b"two"), 1),
@@ -370,11 +373,11 @@ def test_a_run_on_a_run_has_seen_both(frames, ours, tmp_path, monkeypatch):
 def test_dry_run_and_preview(kind, global_size, request, capsys, monkeypatch, tmp_path):
     path = request.getfixturevalue(kind)
     monkeypatch.setattr(dry_run, "MEASURED_SECONDS", 0)
-    pretrain.main(arguments(path, "--reference_ops", "--batch_size_per_gpu", 2, "--dry_run", "--total_samples", 4))
+    dry_run.main(arguments(path, "--reference_ops", "--batch_size_per_gpu", 2, "--total_samples", 4))
     model, _ = load_backbone(path)
     count = sum(p.numel() for p in model.parameters())
     side, own = global_size // model.patch_size, (model.pos_embed.shape[1] - 1)
     count += model.embed_dim * (side ** 2 - own) - (model.in_chans - 1) * model.embed_dim * model.patch_size ** 2
     assert f"{count:,} parameters in the backbone" in capsys.readouterr().out
-    pretrain.main(arguments(path, "--preview", "--output_dir", tmp_path / "picture"))
+    preview.main(arguments(path, "--output_dir", tmp_path / "picture"))
     assert (tmp_path / "picture" / "preview.png").exists() and "2 global crops" in capsys.readouterr().out

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-import layers
-from model import SIZES, DINOHead, VisionTransformer
+import model
+from losses import DINOHead
+from model import SIZES, VisionTransformer
 
 TINY = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=64, depth=2, num_heads=1, num_register_tokens=4)
 
@@ -35,8 +36,8 @@ def test_giant2_has_dinov2s_swiglu():
 
 
 def test_swiglu_formula():
-    ffn, x = layers.SwiGLU(8, 32), torch.randn(5, 8)
-    norm, scale = random_norm(8), layers.LayerScale(8, 0.3)
+    ffn, x = model.SwiGLU(8, 32), torch.randn(5, 8)
+    norm, scale = random_norm(8), model.LayerScale(8, 0.3)
     first, second = ffn.w12(norm(x)).chunk(2, dim=1)
     assert torch.allclose(ffn(F.layer_norm(x, (8,), eps=1e-6), norm, scale), ffn.w3(first * torch.sigmoid(first) * second) * 0.3, atol=1e-6)
 
@@ -59,7 +60,7 @@ def block_formula(block, y, shapes):
 @pytest.mark.parametrize("init_values", [0.3, None])
 def test_block_is_the_formula(init_values):
     """Output and every gradient, in float64: folded norms and LayerScale, GELU computed again."""
-    block = layers.Block(32, 2, 4, "mlp", init_values).double()
+    block = model.Block(32, 2, 4, "mlp", init_values).double()
     for p in block.parameters():
         p.data.normal_(std=0.5)
     x, dout = torch.randn(2 * 9, 32).double().requires_grad_(), torch.randn(18, 32).double()
@@ -75,7 +76,7 @@ def test_block_is_the_formula(init_values):
 
 def test_block_in_half_precision_is_as_exact_as_autocast():
     """Under autocast, against float64: errors like the formula's (1.3 times at most), which keeps more, folds nothing."""
-    block = layers.Block(64, 2, 4, "mlp", 0.5)
+    block = model.Block(64, 2, 4, "mlp", 0.5)
     for name, p in block.named_parameters():
         p.data.normal_(std=0.3 if "norm" in name else 0.1)
         if "norm" in name and name.endswith("weight"):

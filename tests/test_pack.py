@@ -11,11 +11,11 @@ import pytest
 from file_tools import load_grey
 from PIL import Image
 
-import images
 import pack
-from data import Pack
-from images import resize_square
-from leakage import content_hash
+from frames import images
+from frames.images import resize_square
+from frames.leakage import content_hash
+from frames.packed import Pack
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -321,7 +321,7 @@ def test_a_folder_of_the_same_name_elsewhere_is_another_folder(tmp_path, clips):
 # ---------------------------------------------------------------- phantoms
 
 def test_phantom_pack(tmp_path):
-    from phantom import phantom_images
+    from frames.phantom import phantom_images
     lines = []
     pack.pack_phantoms(str(tmp_path / "out"), 100, 32, seed=3, log=lines.append)
     made, (images, _, groups) = Pack(tmp_path / "out"), phantom_images(100, 32, 3)

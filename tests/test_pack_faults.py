@@ -15,11 +15,10 @@ import pytest
 from file_tools import load_grey
 from test_pack import ROOT, clips, make, names, run, save, speckle  # clips is a fixture
 
-import images
 import pack
-from data import Pack
-from images import resize_square
-
+from frames import images
+from frames.images import resize_square
+from frames.packed import Pack
 
 # ---------------------------------------------------------------- what goes wrong on a machine
 

@@ -14,7 +14,7 @@ import data
 import losses
 import pretrain
 import runtime
-from model import parameter_groups
+from runtime import parameter_groups
 
 SMALL = ["--preset", "cpu", "--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8",
          "--global_crops_size", "16", "--local_crops_size", "8", "--patch_size", "4", "--koleo_loss_weight", "0",

@@ -8,18 +8,17 @@ import pytest
 import scipy.stats
 import torch
 from PIL import Image
+from stage_tools import StopAfter, checkpoint, one_thread, read_log, spy  # noqa: F401  one_thread is for all tests here
 
-import baselines
-import classifier
-import features
 import kernels
 import losses
 import pretrain
 import runtime
 from model import DINOV3, VisionTransformer, draw_rescale
-from stage_tools import StopAfter, checkpoint, one_thread, read_log, spy  # noqa: F401  one_thread is for all tests here
+from networks import baselines
+from networks.weights import load_backbone
 from tools import dry_run
-from weights import load_backbone
+from training import classifier, features
 
 VIT = dict(DINOV3, patch_size=8, in_chans=1, embed_dim=64, depth=3, num_heads=2, num_register_tokens=4, init_values=0.5)
 SMALL = ["--preset", "cpu", "--pos", "rope", "--head_n_prototypes", "32", "--head_hidden_dim", "16",

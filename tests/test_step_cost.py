@@ -1,4 +1,4 @@
-"""What a step may cost: no waiting for the device, memory that checkpointing really saves, and what --dry_run says."""
+"""What a step may cost: no waiting for the device, memory that checkpointing really saves, and what tools/dry_run.py says."""
 
 import gc
 
@@ -9,8 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import kernels
 import pretrain
-from layers import AddRows, KeepRows
-from model import VisionTransformer
+from model import AddRows, KeepRows, VisionTransformer
 from tools import dry_run
 
 SMALL = ["--preset", "cpu", "--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8",
@@ -164,7 +163,7 @@ def test_counted_work_is_the_formula(reference):
 def test_dry_run_prints_the_plan(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dry_run, "MEASURED_SECONDS", 0)
-    pretrain.main(pretrain.get_args([*SMALL, "--dry_run", "--reference_ops", "--total_samples", "4000"]))
+    dry_run.main(pretrain.get_args([*SMALL, "--reference_ops", "--total_samples", "4000"]))
     out = capsys.readouterr().out
     for text in ("parameters in the backbone", "GFLOP per image", "predicted peak memory", "images/s",
                  "1 x cpu: 1,000 steps of 4", "8 x cpu: 125 steps of 32"):

@@ -1,4 +1,6 @@
-"""What a pretraining run would cost, before it starts: python pretrain.py --dry_run, with the flags of the run.
+"""What a pretraining run would cost, before it starts: pretrain.py's own flags, without the run.
+
+    python -m tools.dry_run --preset ultradino --arch vit_base
 
 Parameters, work per image after drop path and peak memory come from one step on tensors that have shapes but no
 numbers; images per second from real steps on this machine, on noise. Nothing is written, no data are needed.
@@ -119,10 +121,10 @@ def measure(args, device, start=None):
     return steps * images / (time.monotonic() - since)
 
 
-def dry_run(args):
+def main(args):
     _, world_size, device = runtime.setup()
     if world_size > 1:
-        raise ValueError("--dry_run is for one process: start it with python, not torchrun")
+        raise ValueError("tools.dry_run is for one process: start it with python, not torchrun")
     kernels.use_reference(args.reference_ops)
     start = pretrain.open_init(args, MEAN, STD) if args.init else None
     plain = SimpleNamespace(**{**vars(args), "compile": False})
@@ -147,3 +149,8 @@ def dry_run(args):
         end = datetime.now() + timedelta(hours=hours)
         print(f"{processes} x {device.type}: {max(1, round(args.total_samples / batch)):,} steps of {batch}, {hours:,.1f} h"
               f"{' if no time is lost between them' if processes > 1 else ''}, until {end:%Y-%m-%d %H:%M}")
+
+
+if __name__ == "__main__":
+    with runtime.clear_errors():
+        main(pretrain.get_args())

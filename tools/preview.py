@@ -1,4 +1,6 @@
-"""What training would see of a few images, before it starts: python pretrain.py --preview, with the flags of the run.
+"""What training would see of a few images, before it starts: pretrain.py's own flags, without the run.
+
+    python -m tools.preview --data FOLDER --output_dir .
 
 Writes OUTPUT_DIR/preview.png, a row per image, crops and masks those of step 0 of a run on just these images. No other
 file is read, however many there are, so nothing is held out and no duplicates are looked for.
@@ -13,10 +15,11 @@ from PIL import Image, ImageDraw
 
 import pretrain
 import runtime
-from data import Pack, PretrainBatches, to_device
-from images import count_frames, decode_chunk, read_frames
-from lists import list_images
-from phantom import phantom_images
+from data import PretrainBatches, to_device
+from frames.images import count_frames, decode_chunk, read_frames
+from frames.lists import list_images
+from frames.packed import Pack
+from frames.phantom import phantom_images
 from tools.dry_run import Frames
 
 IMAGES, LOCAL_CROPS = 6, 4  # at most so many are shown
@@ -97,10 +100,12 @@ def draw(rows):
     return sheet
 
 
-def preview(args):
+def main(args):
+    if args.init:
+        pretrain.open_init(args)  # it sets patch and crop sizes
     _, world_size, device = runtime.setup()
     if world_size > 1:
-        raise ValueError("--preview is for one process: start it with python, not torchrun")
+        raise ValueError("tools.preview is for one process: start it with python, not torchrun")
     rows = tiles(args, *read_images(args), device)
     os.makedirs(args.output_dir, exist_ok=True)
     path = os.path.join(args.output_dir, "preview.png")
@@ -109,3 +114,8 @@ def preview(args):
     print(f"wrote {path}: {len(rows)} images, from left: original, canvas, 2 global crops, the same with masked "
           f"patches grey{dark}, {len(rows[0]) - 6} local crops. Names burnt into the frames show here as they will in "
           f"training: look before you share it.")
+
+
+if __name__ == "__main__":
+    with runtime.clear_errors():
+        main(pretrain.get_args())

@@ -1,0 +1,1 @@
+"""What stands on the backbone (decoders, heads, experts), and other people's weights."""
