@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(PYTHON) fewshot.py --ckpt demo/last.pt --shots 1 5 --img_size 64 --json demo/fewshot.json
 
 test: .venv/installed_test
-	$(PYTHON) -m pytest tests -n 2 --dist loadfile
+	$(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test_slow: .venv/installed_test
 	$(PYTHON) -m pytest tests --slow -m slow -n 2 --dist worksteal

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from frames.packed import CROPS, MASKS, image_order, philox
+from frames.packed import CROPS, MASKS, BatchRows, image_order, philox
+
 
 # ---------------------------------------------------------------- what is random: drawn on the CPU, a few floats a crop
 
@@ -137,16 +138,6 @@ def draw_masks(seed, step, batch, images, grid, probability, ratio):
 PREFETCH = 2  # steps that a worker has ready
 
 
-class Rows:
-    """A generator that draws for a whole batch and gives the rows of some images: so all ranks draw the same."""
-
-    def __init__(self, rng, batch, images):
-        self.rng, self.batch, self.images = rng, batch, images
-
-    def random(self, shape):
-        return self.rng.random((self.batch, *shape[1:]))[self.images]
-
-
 def read_canvases(canvases, indices, out=None):
     """Copies of some canvases, of a file or in memory: uint8 (n, S, S), in `out` if it is given.
 
@@ -207,7 +198,7 @@ class PretrainBatches(torch.utils.data.Dataset):
         args, S, size = self.args, self.pack.canvases.shape[1], self.args.batch_size_per_gpu
         images = np.arange(args.accum_iter * size) + self.rank * args.accum_iter * size  # this rank's, in the batch
         indices = self.indices(step)[images]
-        rng, sizes = Rows(philox(args.seed, step, CROPS), self.batch, images), self.pack.sizes[indices]
+        rng, sizes = BatchRows(philox(args.seed, step, CROPS), self.batch, images), self.pack.sizes[indices]
         blur = [1 - p if args.blur_compat else p for p in BLUR_PROBABILITY]
         global_draws = draw_crops(rng, sizes, S, 2, args.global_crops_scale, blur[:2], (0, SOLARIZE_PROBABILITY))
         local_draws = draw_crops(rng, sizes, S, args.local_crops_number, args.local_crops_scale, blur[2], 0)

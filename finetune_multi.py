@@ -190,10 +190,10 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
         task, part = tasks[turn], per[turn]
         rows = part.train[next(sources[turn])[own]]
         x, target = task_sets.make_batch(task, part, canvases, rows, own, seed, taken[turn], batch, args, stats,
-                                          device)
+                                         device)
         rescale = many_tasks.draw_scales(network, args.rope_rescale, seed, step, rank)
         losses[turn] += many_tasks.train_step(network, gradients, optimizer, turn, x, target, batch,
-                                               share_of_rate[step], rates, rescale)
+                                              share_of_rate[step], rates, rescale)
         taken[turn] += 1
         bar.update()
         done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
@@ -205,7 +205,7 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
                              f"finite; a lower --lr?")
         if validates:
             scores, found, gates = many_tasks.validate(network, numbers, data, canvases, guesses, stats, args, device,
-                                                        rank, world_size)
+                                                       rank, world_size)
             if found > best["normalised"]:
                 best = {"normalised": found, "step": done, "scores": scores,
                         "state": runtime.cpu_copy(network.state_dict())}
@@ -232,7 +232,7 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     values, gates = {}, {}
     for position, (task, part) in enumerate(zip(tasks, per)):
         found, shares = many_tasks.test_values(network, position, task, part, data, canvases, stats, args, device,
-                                                rank, world_size)
+                                               rank, world_size)
         values[task.name] = {name: torch.from_numpy(value) for name, value in found.items()}
         if shares is not None:
             gates[task.name] = torch.from_numpy(shares)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from frames.images import ROW, Frame, count_frames, decode_all, measure
 from frames.leakage import salted
 from frames.lists import list_images
-from frames.packed import PACK_VERSION, Pack, read_json, settle, write_json, write_skipped, write_tables
+from frames.packed import PACK_VERSION, Pack, load_json, save_json, settle, write_skipped, write_tables
 from frames.phantom import phantom_images
 from frames.selection import Holdout, choose, groups_of, list_reasons, report, size_text
 from labelled.labels import has_labels, read_labelled
@@ -126,8 +126,8 @@ class Journal:
         files = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
         begun = {"version": PACK_VERSION, "files": files, "recipe": made_from}
         if not os.path.exists(begun_path):
-            write_json(begun_path, {**begun, "salt": os.urandom(16).hex()})
-        found = read_json(begun_path)
+            save_json(begun_path, {**begun, "salt": os.urandom(16).hex()})
+        found = load_json(begun_path)
         self.salt = bytes.fromhex(found.pop("salt"))
         if found != begun:
             raise ValueError(f"{part}: was begun with other arguments or other files "
@@ -283,8 +283,8 @@ def make_pack(sources, out, *, exclude=(), holdout=(), canvas=384, group_regex=N
         tables = os.path.join(part, "pack.json")
         if not os.path.exists(tables):
             fill(part, images, made_from, holdout, max_skipped, workers, log)
-        elif read_json(tables)["recipe"] != made_from:
-            differ = differing(read_json(tables)["recipe"], made_from)
+        elif load_json(tables)["recipe"] != made_from:
+            differ = differing(load_json(tables)["recipe"], made_from)
             raise ValueError(f"{part}: was begun with other arguments ({differ}); delete it to pack anew, or choose "
                              f"another OUT")
         info = settle(part, out)

@@ -34,7 +34,7 @@ import runtime
 from frames import phantom
 from frames.images import Frame, count_frames, read_frames, read_image, resize_square
 from frames.lists import list_images
-from labelled.fmc_uia import Task, read_tasks
+from labelled.fmc_uia import read_tasks
 from labelled.mask_codes import META_SUFFIXES, mask_name, read_whole
 from networks.heads import open_network
 from networks.weights import file_digest
@@ -83,7 +83,7 @@ def look_at(paths):
         if "decoder" not in saved and "network_of" not in saved:
             raise ValueError(f"{path}: no finished run of finetune_seg.py or finetune_multi.py: it has neither a "
                              f"decoder nor task heads")
-        kinds[path] = None if "decoder" in saved else [Task(*task) for task in saved["tasks"]]
+        kinds[path] = None if "decoder" in saved else open_network(path, "cpu")[0].tasks  # told before the work
     if len(kinds) > 1 and None in kinds.values():
         raise ValueError(f"--ckpt {' '.join(kinds)}: masks are made by one run of finetune_seg.py; give it alone")
     return kinds
@@ -131,7 +131,7 @@ def open_output(folder, data, identity):
     if data and os.path.join(os.path.realpath(folder), "").startswith(os.path.join(os.path.realpath(data), "")):
         raise ValueError(f"--output_dir {folder} is in --data {data}: its masks would be taken for images the next "
                          f"time; choose a folder elsewhere")
-    path = os.path.join(folder, "segment.json")
+    path = os.path.join(folder, "segment.json")  # folders that segment.py began, this script's first name, go on
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             theirs = json.load(file)

@@ -1,11 +1,11 @@
 """Does a change alter what any command computes? Fixed, short runs of every command, and a digest of what each leaves.
 
     python benchmarks/digests.py DATA OUT                         # writes OUT/digests.json; OUT must not exist
-    python benchmarks/digests.py DATA OLD --code OTHER_CHECKOUT   # the same commands by another checkout's code
+    python benchmarks/digests.py DATA OLD --code OTHER_CHECKOUT   # the same, by a checkout that has these commands
     diff OLD/digests.json OUT/digests.json
 
 Equal files, made on one machine: the change altered no weight, score, mask, picture or pack. Digests are of numbers,
-not of texts: tensors of .pt files, numbers of .json and .jsonl files, pixels of pictures; times and versions do not count.
+not of texts: tensors of .pt files, numbers of .json files, pixels of pictures; times and versions do not count.
 DATA has hc18, busi, pocus and fmc_uia, of which a few images are taken. Some five minutes of one core.
 """
 
@@ -113,7 +113,7 @@ def numbers(value, digest):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     elif not isinstance(value, (str, bytes)):
-        digest.update(repr(value).encode())
+        digest.update(f"{value!r} ".encode())
 
 
 def digest_of(path):

@@ -82,7 +82,7 @@ class Steps:
 
     def step(self, number):
         return lambda: many_tasks.train_step(*self.parts, number, self.x, self.targets[number], len(self.x), 1.0,
-                                              self.args)
+                                             self.args)
 
 
 def step_rows(arch, device, size, flags, rounds):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import sys
 import threading
 import warnings
 from collections import deque, namedtuple
@@ -276,6 +277,18 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+@contextlib.contextmanager
+def without_script():
+    """While processes are started: they would import the script that runs, and torch with it, for nothing."""
+    script = vars(sys.modules["__main__"])
+    hidden = {name: script.pop(name) for name in ("__file__", "__spec__") if name in script}
+    script["__spec__"] = None
+    try:
+        yield
+    finally:
+        script.update(hidden)
+
+
 def decode_all(paths, canvas, crop_fan, salt, workers=None):
     """Yield (files ended so far, *decode_chunk's first three) over all paths, in order; files are numbers in `paths`.
 
@@ -294,7 +307,8 @@ def decode_all(paths, canvas, crop_fan, salt, workers=None):
         work = functools.partial(decode_chunk, paths[start:end], frame, canvas, crop_fan, salt)
         if not pool:
             return start, end, work
-        future = pool.submit(work)
+        with without_script():  # the first call starts all processes
+            future = pool.submit(work)
         ours.update(set(multiprocessing.active_children()) - others)  # at once: a dead one is not among them any more
         return start, end, functools.partial(wait, future)
 

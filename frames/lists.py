@@ -1,4 +1,4 @@
-"""Which image files a source has, and which of them belong together: folders, lists and CSVs in, names and groups out."""
+"""Which image files a folder, a list or a CSV holds, and which of them belong together."""
 
 import csv
 import fnmatch
@@ -14,7 +14,7 @@ OWN_GROUP = "(each image is its own group)"
 IMAGE_GROUPS = f"image {OWN_GROUP}"
 
 
-# ---------------------------------------------------------------- what a pack is made of
+# ---------------------------------------------------------------- images and their groups
 
 # paths: where to open; names: relative to the source, shown to the user; groups: one string per file, never split
 # between train and test; grouped_by: how groups were found, in words; closed: (folder, reason) of folders that could

@@ -140,7 +140,7 @@ def write_tables(part, rows, groups, named, keep, names, canvas, salt, **info):
     count = len(rows) * canvas * canvas
     total, squares = sum(rows["sum"].tolist()), sum(rows["squares"].tolist())
     std = (count * squares - total * total) ** 0.5 / count / 255
-    write_json(os.path.join(part, "pack.json"), {
+    save_json(os.path.join(part, "pack.json"), {
         "version": PACK_VERSION, "images": len(rows), "canvas": canvas, "mean": total / count / 255, "std": std,
         "groups": len(first), "digest": digest.hexdigest(), "salt": salt.hex(), **info})
 
@@ -154,7 +154,7 @@ def write_skipped(part, reasons):
 
 def settle(part, out):
     """Bring the canvases into the order of the tables, and give the pack its name; can be repeated after a crash."""
-    info = read_json(os.path.join(part, "pack.json"))
+    info = load_json(os.path.join(part, "pack.json"))
     path, size = os.path.join(part, "canvases.u8"), info["canvas"] ** 2
     if os.path.getsize(path) > info["images"] * size:
         canvases = np.memmap(path, np.uint8, "r+").reshape(-1, size)
@@ -171,7 +171,7 @@ def settle(part, out):
     return info
 
 
-def write_json(path, content):
+def save_json(path, content):
     """All of it or nothing: what is half written has another name."""
     with open(f"{path}.tmp", "w") as file:
         json.dump(content, file, indent=1)
@@ -180,7 +180,7 @@ def write_json(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def read_json(path):
+def load_json(path):
     with open(path) as file:
         return json.load(file)
 
@@ -194,6 +194,16 @@ ORDER, CROPS, MASKS, AUGMENT, MIX, SHOTS, TURNS = range(7)
 def philox(seed, step, stream, index=0):
     """A generator that is a pure function of its arguments: no state is ever saved, and a resumed run draws the same."""
     return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, index, stream]))
+
+
+class BatchRows:
+    """A generator that draws for a whole batch and gives the rows of some images: so all ranks draw the same."""
+
+    def __init__(self, rng, batch, images):
+        self.rng, self.batch, self.images = rng, batch, images
+
+    def random(self, shape):
+        return self.rng.random((self.batch, *shape[1:]))[self.images]
 
 
 def image_order(groups, seed, epoch):

@@ -3,7 +3,7 @@
 UltraDINO's (classification/ and segmentation/ in its code; it calls albumentations and timm). As in data.py the CPU
 draws a few floats per image, for the whole batch of all ranks, and the device makes the pixels, a batch at a time:
 
-    own = Rows(philox(seed, step, AUGMENT), batch, images)  # images: this rank's numbers in the batch
+    own = BatchRows(philox(seed, step, AUGMENT), batch, images)  # images: this rank's numbers in the batch
     x = augment(canvases, draw_augment(own, len(images)), mean, std)  # the draws as tensors on the canvases' device
     mixing = draw_mix(philox(seed, step, MIX), size, mixup_alpha, cutmix_alpha)  # the same on all ranks
     x, targets = mix(x, soft_targets(labels, classes, smoothing), mixing)
@@ -41,7 +41,7 @@ SLICE = 32  # images augmented at once: what lies between the steps fits the cac
 def draw_augment(rng, batch, light=0.5, gamma=0.5, noise=0.5, distortion=0.5, flip=0.5):
     """Every random number of `batch` images; each keyword is the probability of one augmentation, 0 is never.
 
-    rng: a numpy generator, or data.Rows around one. The same numbers are drawn whatever the probabilities.
+    rng: a numpy generator, or packed.BatchRows around one. The same numbers are drawn whatever the probabilities.
     Dict of arrays that begin with (batch,), float32 but for noise_seed (int64). An augmentation that an image does not
     get has the values that change nothing.
     """

@@ -1,4 +1,4 @@
-"""Classification sets: a folder per class, a CSV or FETAL_PLANES_DB as downloaded; label, group and split of each image."""
+"""Classification sets, folders or CSVs or FETAL_PLANES_DB as downloaded: label, group and split of each image."""
 
 import os
 import re

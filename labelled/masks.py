@@ -342,8 +342,8 @@ def split_masked(found, present, seed=0, val=0.2, test=0.2):
                          f"--classes")
     images, classes = np.nonzero(present)  # a row for each image and class in it, images in order
     rows = LabelledSet(None, [found.names[i] for i in images], [found.classes[k] for k in classes],
-                             [found.groups[i] for i in images], found.splits and [found.splits[i] for i in images], {},
-                             found.grouped_by)
+                       [found.groups[i] for i in images], found.splits and [found.splits[i] for i in images], {},
+                       found.grouped_by)
     splits = split_groups(rows, seed, val, test)
     notes = check_splits(rows, splits)
     first = np.searchsorted(images, np.arange(len(found.names)))  # every image has a class: each of its pixels has one

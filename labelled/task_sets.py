@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import Rows as BatchRows
 from frames import phantom
 from frames.images import Frame, read_image
-from frames.packed import AUGMENT, philox
+from frames.packed import AUGMENT, BatchRows, philox
 from labelled.augment import augment_pair, draw_affine, draw_augment, move_boxes, move_points, normalise_only
 from labelled.fmc_uia import Rows, Task, TaskSet, read_groups, read_task_mask, read_tasks, split_tasks
 from labelled.mask_sets import squash

@@ -343,7 +343,7 @@ def score_submission(out, found):
             paths = [os.path.join(out, place) for place in places[task.name]]
             missing = np.array([not os.path.isfile(path) for path in paths])
             truth = (read_task_mask(path, task.K) for path in tqdm(rows.targets, task.name, leave=False,
-                                                                    disable=not sys.stderr.isatty()))
+                                                                   disable=not sys.stderr.isatty()))
             values = values_of(task, truth, (
                 None if absent else read_submission_mask(path, size[::-1], task.K)
                 for path, absent, size in zip(paths, missing, sizes.tolist(), strict=True)))

@@ -20,6 +20,9 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 import kernels  # noqa: E402
 
+# files of a minute and more: they begin first, so that no worker waits for another one at the end
+LONGEST = {"test_compile", "test_pretrain_script", "test_seg_learning", "test_step_cost"}
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
@@ -30,6 +33,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: pass --slow to run it"))

@@ -128,6 +128,16 @@ def test_the_two_commands_in_a_row(checkout, tmp_path):
 
 
 @pytest.mark.slow
+def test_tools_from_the_projects_folder(checkout):
+    """As the README types them, and without a run's data."""
+    out = run("python -m tools.dry_run --preset cpu --batch_size_per_gpu 8", checkout)
+    assert "GFLOP per image" in out and "8 x cpu" in out
+    assert "wrote ./preview.png: 6 images" in run("python -m tools.preview", checkout)
+    run("python -m tools.phantom_sheet sheet.png --size 40", checkout)
+    assert (checkout / "sheet.png").exists()
+
+
+@pytest.mark.slow
 def test_two_processes_without_flags(checkout):
     """Phantoms, two gloo processes; stopped after a budget of a few steps."""
     out = run("torchrun --nproc_per_node 2 pretrain.py --total_samples 640", checkout, OMP_NUM_THREADS="1")

@@ -5,9 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from multi_tools import (BASIC, NAMES, assert_equal, few_replicates, names_in_test, run, save_all,  # noqa: F401
                          save_tree)
-from stage_tools import contents, one_thread, run_main, save_rows, spy  # noqa: F401
+from stage_tools import checkpoint, contents, one_thread, run_main, save_rows, spy  # noqa: F401
 from test_predict import save_segmenter
 
 import predict
@@ -130,15 +131,16 @@ def test_some_tasks_alone(finished, tmp_path):
 
 def refused(folder, tmp_path, words, *flags, **how):
     """One sentence with these words; nothing is written."""
+    before = contents(tmp_path)
     with pytest.raises(ValueError) as error:
         submit(folder, tmp_path / "out", *flags, **how)
     assert all(word in str(error.value) for word in words), str(error.value)
+    assert contents(tmp_path) == before
 
 
 def test_a_task_that_no_checkpoint_has(finished, tmp_path):
     refused(finished[0], tmp_path, ["no run of --ckpt has the task fetal_plane_cls", "they have FUGC, fetal_head",
                                     "--tasks"], "--ckpt", *EACH[:2])
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_task_of_another_kind(finished, tmp_path):
@@ -150,7 +152,6 @@ def test_a_task_of_another_kind(finished, tmp_path):
         sorted(names_in_test(folder / "multi"))])
     refused(folder, tmp_path, [EACH[0], "FUGC is regression with num_classes 2 there", "regression with 3 in --data"],
             "--ckpt", *EACH, data=tmp_path / "other")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_is_no_finished_run(finished, tmp_path):
@@ -171,7 +172,16 @@ def test_what_does_not_go_together(finished, tmp_path, words, flags):
     for name in ("seg.pt", "seg.pt.copy"):
         save_segmenter(folder / name)
     refused(folder, tmp_path, words, *flags)
-    assert not (tmp_path / "out").exists()
+
+
+def test_all_runs_are_opened_before_the_work(finished, tmp_path):
+    """The second file has a task less than it says, or says nothing of its tasks."""
+    folder, _ = finished
+    saved = checkpoint(folder / EACH[1])
+    torch.save({**saved, "tasks": saved["tasks"] * 2}, folder / "other.pt")
+    refused(folder, tmp_path, ["other.pt"], "--ckpt", EACH[0], "other.pt")
+    torch.save({key: value for key, value in saved.items() if key != "tasks"}, folder / "other.pt")
+    refused(folder, tmp_path, ["other.pt: no finished run of finetune_multi.py"], "--ckpt", EACH[0], "other.pt")
 
 
 def test_a_submission_needs_data(finished, tmp_path, monkeypatch):

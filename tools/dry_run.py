@@ -88,7 +88,7 @@ def step(student, teacher, state, batch, args, device):
     return micros[0], draws[0][0]
 
 
-def predict(args, start=None):
+def predicted_cost(args, start=None):
     """(peak bytes, FLOPs) of a step, by a second step: the optimizer's moments are there. start: open_init's."""
     args = SimpleNamespace(**{**vars(args), "compile": False})
     images, cpu = args.batch_size_per_gpu, torch.device("cpu")
@@ -131,7 +131,7 @@ def main(args):
     network, _ = pretrain.build_networks(plain, torch.device("meta"), start)
     backbone, heads = (sum(p.numel() for p in module.parameters()) for module in (
         network.backbone, torch.nn.ModuleList(m for m in network.children() if m is not network.backbone)))
-    peak, flops = predict(args, start)
+    peak, flops = predicted_cost(args, start)
     images = args.batch_size_per_gpu
     print(f"{args.arch}: {backbone:,} parameters in the backbone, {heads:,} in the heads")
     print(f"{flops / images / 1e9:.1f} GFLOP per image, forward and backward of student, forward of teacher, drop path "

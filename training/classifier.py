@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Rows
-from frames.packed import AUGMENT, MIX, image_order, philox
+from frames.packed import AUGMENT, MIX, BatchRows, image_order, philox
 from kernels import all_reduce
 from labelled.augment import augment, draw_augment, draw_mix, mix, normalise_only, soft_targets
 from runtime import PATCH_EMBED_LR_MULT, cosine_schedule, flatten_parameters, parameter_groups
@@ -107,7 +106,7 @@ def make_batch(canvases, labels, own, seed, step, batch, n_classes, args, stats,
 
     canvases uint8 (batch or fewer, S, S) and labels are of that part; the draws are those of the whole batch.
     """
-    rng = Rows(philox(seed, step, AUGMENT), batch, np.arange(batch)[own])
+    rng = BatchRows(philox(seed, step, AUGMENT), batch, np.arange(batch)[own])
     draws = {key: torch.from_numpy(value).to(device) for key, value in draw_augment(rng, len(labels)).items()}
     images = torch.from_numpy(canvases).to(device)
     x = augment(images, draws, *stats) if args.augment else normalise_only(images, *stats)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Rows
-from frames.packed import AUGMENT, image_order, philox
+from frames.packed import AUGMENT, BatchRows, image_order, philox
 from kernels import all_reduce
 from labelled.augment import augment_pair, draw_affine, draw_augment, normalise_only
 from labelled.mask_codes import mask_name
@@ -115,7 +114,7 @@ def make_batch(canvases, masks, own, seed, step, batch, args, stats, device):
     images, masks = torch.from_numpy(canvases).to(device), torch.from_numpy(masks).to(device)
     if not args.augment:
         return normalise_only(images, *stats), masks.long()
-    rng = Rows(philox(seed, step, AUGMENT), batch, np.arange(batch)[own])
+    rng = BatchRows(philox(seed, step, AUGMENT), batch, np.arange(batch)[own])
     draws = {**draw_augment(rng, len(images)), "affine": draw_affine(rng, len(images))}
     draws = {key: torch.from_numpy(value).to(device) for key, value in draws.items()}
     x, masks = augment_pair(images, masks, draws, *stats)

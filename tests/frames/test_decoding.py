@@ -1,5 +1,8 @@
 """Reading many files in worker processes: order, clips in pieces, damage, the fan of a clip."""
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +48,24 @@ def assert_all(found, paths, expected):
 def test_order_and_completeness(mixed, monkeypatch, workers):
     monkeypatch.setattr(images, "CHUNK", 3)
     assert_all(decode(mixed[0], workers=workers), *mixed)
+
+
+SCRIPT = """import sys
+sys.path.insert(0, {root!r})
+from frames.images import decode_all
+open("log", "a").write(__name__ + " ")
+if __name__ == "__main__":
+    print(sum(len(step[1]) for step in decode_all({paths!r}, 8, False, b"salt", 2)), __file__, __spec__)
+"""
+
+
+def test_processes_do_not_import_the_script(tmp_path):
+    """pretrain.py, for one, would bring torch into each of them."""
+    paths = [str(save(tmp_path / f"{number:02}.png", speckle(number))) for number in range(20)]
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(Path(images.__file__).parents[1]), paths=paths))
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["20", str(tmp_path / "script.py"), "None"], done.stderr
+    assert (tmp_path / "log").read_text() == "__main__ "
 
 
 @pytest.mark.parametrize("chunk, frames", [(1, 1), (2, 7), (100, 3), (4, 1000)])

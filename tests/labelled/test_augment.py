@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from data import Rows
-from frames.packed import AUGMENT, MIX, philox
+from frames.packed import AUGMENT, MIX, BatchRows, philox
 from labelled import augment as fine
 
 NEVER = dict(light=0, gamma=0, noise=0, distortion=0, flip=0)
@@ -38,7 +37,7 @@ def test_draws_are_a_function_of_seed_and_step_and_ranks_take_rows():
     assert {value.dtype for key, value in whole.items() if key != "noise_seed"} == {np.dtype(np.float32)}
     assert all(len(value) == 12 for value in whole.values())
     for images in (np.arange(0, 4), np.arange(4, 12)):
-        own = fine.draw_augment(Rows(philox(3, 7, AUGMENT), 12, images), len(images))
+        own = fine.draw_augment(BatchRows(philox(3, 7, AUGMENT), 12, images), len(images))
         for key, value in own.items():
             assert np.array_equal(value, whole[key][images]), key
     for seed, step in ((3, 8), (4, 7)):

@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy import ndimage, stats
 
-from data import Rows
-from frames.packed import AUGMENT, philox
+from frames.packed import AUGMENT, BatchRows, philox
 from labelled import augment as fine
 
 NEVER = dict(light=0, gamma=0, noise=0, distortion=0, flip=0)
@@ -51,7 +50,7 @@ def test_draws_are_a_function_of_seed_and_step_and_ranks_take_rows():
     whole = fine.draw_affine(philox(3, 7, AUGMENT), 12)
     assert whole.dtype == np.float32 and whole.shape == (12, 2, 3)
     for images in (np.arange(0, 4), np.arange(4, 12), np.array([11])):
-        own = fine.draw_affine(Rows(philox(3, 7, AUGMENT), 12, images), len(images))
+        own = fine.draw_affine(BatchRows(philox(3, 7, AUGMENT), 12, images), len(images))
         assert np.array_equal(own, whole[images])
     for seed, step in ((3, 8), (4, 7)):
         assert not np.array_equal(fine.draw_affine(philox(seed, step, AUGMENT), 12), whole)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Rows
-from frames.packed import AUGMENT, philox
+from frames.packed import AUGMENT, BatchRows, philox
 from labelled import augment as fine
 
 NEVER = dict(light=0, gamma=0, noise=0, distortion=0, flip=0)
@@ -175,7 +174,7 @@ def test_ranks_move_their_rows():
     images = np.array([1, 4, 5])
     points = np.random.default_rng(0).uniform(0, 1, (8, 3, 2))
     parts = []
-    for rng in (philox(0, 0, AUGMENT), Rows(philox(0, 0, AUGMENT), 8, images)):
+    for rng in (philox(0, 0, AUGMENT), BatchRows(philox(0, 0, AUGMENT), 8, images)):
         batch = 8 if not parts else 3
         draws = {**fine.draw_augment(rng, batch), "affine": fine.draw_affine(rng, batch)}
         parts.append(fine.move_points(points if batch == 8 else points[images], draws, 40, 60))

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Rows
-from frames.packed import philox
+from frames.packed import BatchRows, philox
 from model import VisionTransformer
 from networks import decoders
 from networks.decoders import LinearDecoder, Segmenter, UPerNet, resize
@@ -172,7 +171,7 @@ def test_dropout_draws():
     assert (keep == 0).double().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(keep, net.draw_dropout(200, np.random.default_rng(0)))
     assert not torch.equal(keep, net.draw_dropout(200, np.random.default_rng(1)))
-    halves = [net.draw_dropout(2, Rows(philox(0, 3, 1), 4, np.arange(4)[part])) for part in (slice(0, 2), slice(2, 4))]
+    halves = [net.draw_dropout(2, BatchRows(philox(0, 3, 1), 4, np.arange(4)[part])) for part in (slice(0, 2), slice(2, 4))]
     assert torch.equal(torch.cat(halves), net.draw_dropout(4, philox(0, 3, 1)))  # ranks can share one draw
     assert (UPerNet(32, 2, dropout=0.0).draw_dropout(4, philox(0, 3, 1)) == 1).all()
 
