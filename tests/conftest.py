@@ -21,7 +21,7 @@ if not ON_GPU:
 import kernels  # noqa: E402
 
 # files of a minute and more: they begin first, so that no worker waits for another one at the end
-LONGEST = {"test_compile", "test_pretrain_script", "test_seg_learning", "test_step_cost"}
+LONGEST = {"test_compile", "test_pretrain_script", "test_dry_run", "test_seg_learning", "test_step_cost"}
 
 
 def pytest_addoption(parser):

@@ -1,5 +1,6 @@
 """What the tests of finetune_seg.py share: a small set with masks, scores written out by hand, main() called here."""
 import numpy as np
+import pytest
 import sklearn.metrics
 import stage_tools
 from file_tools import save
@@ -7,6 +8,7 @@ from PIL import Image
 from stage_tools import run_main, save_rows
 
 import finetune_seg
+from labelled import mask_sets
 
 CLASSES = ("bo_x", "s%tripe")
 NAMED = ("--classes", "bo_x=1", "s%tripe=2")
@@ -75,3 +77,16 @@ def predicted(folder, name, split="test"):
 
 def run(folder, *flags, received=()):
     return run_main(finetune_seg, folder, *flags, received=received)
+
+
+def arguments(*flags, size=16):
+    args = finetune_seg.get_args([*map(str, (*DATA, "--img_size", size, *flags))])
+    args.dtype = "float32"
+    return args
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    save_set(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return mask_sets.open_data(arguments())

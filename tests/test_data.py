@@ -1,6 +1,5 @@
 """Random draws and device-side augmentation: against Pillow, against written-out formulas, and for what they promise."""
 
-import pickle
 from argparse import Namespace
 
 import numpy as np
@@ -10,9 +9,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
-import pack
-from frames.lists import list_images
-from frames.packed import CROPS, MASKS, Pack, image_order, philox
+from frames.packed import CROPS, MASKS, philox
 
 
 @pytest.fixture
@@ -126,7 +123,6 @@ def test_crops_are_crop_major(frame):
     assert torch.allclose(crops[[1, 3, 5]], torch.tensor(7.0), atol=1e-3)  # all crops of image 1
     assert torch.allclose(crops[2, 0], crops_in_grey(frame, plain_draws([boxes[0][1:2]]), 16)[0], atol=1e-3)
 
-
 # ---------------------------------------------------------------- draws
 
 def test_boxes_follow_random_resized_crop():
@@ -239,24 +235,7 @@ def test_masks_do_not_depend_on_who_asks():
     some = data.draw_masks(7, 3, 32, np.array([5, 30]), (6, 6), 0.5, (0.1, 0.5))
     assert (some == everyone[[5, 30, 32 + 5, 32 + 30]]).all() and some.any()
 
-
 # ---------------------------------------------------------------- order and batches
-
-def test_order_is_a_permutation_that_spreads_siblings():
-    groups = np.repeat(np.arange(40), 25)  # 40 clips of 25 frames, stored clip after clip
-    order = image_order(groups, seed=0, epoch=0)
-    assert sorted(order) == list(range(1000))
-    batches = groups[order].reshape(-1, 20)
-    siblings = np.mean([len(batch) - len(set(batch)) for batch in batches])
-    shuffled = groups[np.random.default_rng(0).permutation(1000)].reshape(-1, 20)
-    assert siblings < 0.35 * np.mean([len(batch) - len(set(batch)) for batch in shuffled])
-    assert (order == image_order(groups, 0, 0)).all()
-    assert (order != image_order(groups, 0, 1)).any() and (order != image_order(groups, 1, 0)).any()
-
-
-def test_order_of_single_images_is_random():
-    order = image_order(np.arange(1000), seed=0, epoch=0)
-    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
 
 
 class FakePack:
@@ -323,14 +302,6 @@ def test_drawing_and_cropping_a_real_batch_shape():
     draws = {key[len("local_"):]: value for key, value in micro.items() if key.startswith("local_")}
     crops = data.make_crops(micro["canvases"], draws, 8, 0.5, 0.25)
     assert crops.shape == (8, 1, 8, 8) and crops.isfinite().all() and crops.abs().max() <= 2.001
-
-
-def test_a_pack_is_not_copied_to_workers(tmp_path):
-    """Where workers are not forked a pack travels as its folder's name, not as gigabytes; and it arrives whole."""
-    pack.pack_phantoms(tmp_path / "p.pack", 12, 32)
-    opened = Pack(tmp_path / "p.pack")
-    assert len(pickle.dumps(opened)) < 1000
-    assert np.array_equal(pickle.loads(pickle.dumps(opened)).canvases, opened.canvases)
 
 
 # ---------------------------------------------------------------- masked patches that show tissue
@@ -410,10 +381,3 @@ def test_tissue_is_found_without_looking_at_numbers():
         batch = [{key: fake.from_tensor(value) for key, value in micro.items()} for micro in batches[0]]
         micro, = data.to_device(batch, torch.device("cpu"), batches.args, 0.3, 0.2)
     assert {key: value.shape for key, value in micro.items()} == {key: value.shape for key, value in real.items()}
-
-
-def test_list_without_a_header_reads_as_paths(tmp_path):
-    """UltraDINO's train_paths_2m.csv: one relative path per line, no header."""
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a b.png")
-    (tmp_path / "train_paths.csv").write_text("a b.png\n")
-    assert list_images(str(tmp_path / "train_paths.csv")).names == ["a b.png"]

@@ -200,7 +200,7 @@ def test_frozen_backbone_stays_bit_equal_while_heads_learn(kind, request):
 
 
 def test_groups_of_backbone_and_heads(ours):
-    """Split by where a parameter is, rates and decay as model.parameter_groups has them: the norm is no head."""
+    """Split by where a parameter is, rates and decay as runtime.parameter_groups has them: the norm is no head."""
     _, _, student, _ = networks(ours)
     names = {id(p): name for name, p in student.named_parameters()}
     found = {names[id(p)]: group for group in pretrain.optimizer_groups(student, 0.9) for p in group["params"]}
@@ -236,7 +236,7 @@ class Digests:
 
 def found(seen, *packs, groups=None):
     """How many of the packs' images, or of images of these groups, a checkpoint says it has seen, and of how many."""
-    content, looks = (np.concatenate([pack.seen[kind].numpy() for pack in packs]) for kind in ("content", "looks"))
+    content, looks = (np.concatenate([pack.seen[kind] for pack in packs]) for kind in ("content", "looks"))
     if groups:
         content, looks = content[:len(groups)] ^ 1, np.zeros_like(looks[:len(groups)])  # unknown, without structure
     counts, _, _ = leakage.overlap(seen, content, looks, groups)

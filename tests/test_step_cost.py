@@ -1,20 +1,14 @@
-"""What a step may cost: no waiting for the device, memory that checkpointing really saves, and what tools/dry_run.py says."""
-
-import gc
-
+"""What a step may cost: no waiting for the device, and memory that checkpointing really saves."""
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from step_tools import SMALL, fake_step
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
-import kernels
 import pretrain
 from model import AddRows, KeepRows, VisionTransformer
 from tools import dry_run
 
-SMALL = ["--preset", "cpu", "--head_n_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8",
-         "--global_crops_size", "16", "--local_crops_size", "8", "--patch_size", "4", "--canvas", "24",
-         "--batch_size_per_gpu", "4", "--drop_path_rate", "0.3"]
 VIT = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=3, num_heads=2, num_register_tokens=2,
            init_values=0.5, drop_path_rate=0.3)
 
@@ -92,21 +86,7 @@ def test_compiled_gradients_are_the_same():
             assert (plain[name] - compiled[name]).norm() <= 1e-5 * plain[name].norm().clamp(min=1e-6), name
     assert list(model.state_dict()) == list(VisionTransformer(**VIT).state_dict())
 
-
 # ---------------------------------------------------------------- a step on shapes without numbers
-
-def fake_step(args, change=lambda student: None, reference=False):
-    """Peak memory and work of a step; raises where the host would wait for a number from the device."""
-    build = pretrain.build_networks
-
-    def changed(*arguments):
-        networks = build(*arguments)
-        change(networks[0])
-        return networks
-    kernels.use_reference(reference)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "build_networks", changed)
-        return dry_run.predict(args)
 
 
 @pytest.mark.parametrize("more", [[], ["--centering", "centering"], ["--separate_head"], ["--dtype", "bfloat16"],
@@ -123,49 +103,3 @@ def test_a_wait_would_be_noticed():
         student.backbone.norm.register_forward_hook(lambda module, inputs, out: out * out.mean().item())
     with pytest.raises(DataDependentOutputException):
         fake_step(pretrain.get_args(SMALL), wait)
-
-
-@pytest.mark.parametrize("arch, batch, more, most", [
-    ("vit_small", 128, [], 9), pytest.param("vit_base", 64, [], 10.5, marks=pytest.mark.slow),
-    pytest.param("vit_large", 32, ["--checkpoint_activations"], 11, marks=pytest.mark.slow)])
-def test_full_sizes_fit(arch, batch, more, most):
-    """The recipe's step at UltraDINO's sizes in so many GB, about half of what cards of 18, 20 and 22 GB have."""
-    peak, _ = fake_step(pretrain.get_args(["--preset", "ultradino", "--arch", arch, "--batch_size_per_gpu", str(batch), *more]))
-    assert 0.8 * most * 1e9 < peak < most * 1e9
-
-
-def test_predicted_memory_and_work_follow_the_flags():
-    large = [*SMALL, "--batch_size_per_gpu", "16", "--global_crops_size", "48", "--local_crops_size", "24"]
-    peak, flops = fake_step(pretrain.get_args(large))
-    less, more_work = fake_step(pretrain.get_args([*large, "--checkpoint_activations"]))
-    assert less < 0.6 * peak and 1.05 * flops < more_work < 4 / 3 * flops
-    _, all_images = fake_step(pretrain.get_args([*large, "--drop_path_rate", "0"]))
-    assert flops < 0.85 * all_images
-    gc.collect()
-
-
-@pytest.mark.parametrize("reference", [False, True], ids=["kernels", "references"])
-def test_counted_work_is_the_formula(reference):
-    """Matrix products of a step counted by hand: 2 operations a weight and token forward, 4 backward."""
-    args = pretrain.get_args([*SMALL, "--drop_path_rate", "0", "--mask_sample_probability", "0", "--global_crops_size", "64"])
-    _, flops = fake_step(args, reference=reference)
-    b, C, depth, P, local = 4, 128, 4, 256, 4
-    rows_g, rows_l = 2 * b * (5 + P), 2 * b * (5 + local)  # tokens of global and local crops; five have no patch
-    linear = depth * 12 * C * C * (2 * rows_g + 6 * (rows_g + rows_l))
-    patch = 16 * C * (2 * 2 * b * P + 4 * 2 * b * (P + local))  # the pixels need no gradient
-    products = (2, 2 + 7) if not reference else (2, 2 + 4)  # of the teacher, of the student: kernels compute S anew
-    attention = depth * 2 * C * (products[0] * rows_g * (5 + P) + products[1] * (rows_g * (5 + P) + rows_l * (5 + local)))
-    head, prototypes = C * 16 + 16 * 16 + 16 * 8, 8 * 32
-    heads = head * (2 * 2 * b + 6 * 4 * b) + prototypes * (2 * 2 * b + 2 * 2 * b + 6 * 4 * b)
-    assert flops == pytest.approx(linear + patch + attention + heads, rel=0.02)
-
-
-def test_dry_run_prints_the_plan(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dry_run, "MEASURED_SECONDS", 0)
-    dry_run.main(pretrain.get_args([*SMALL, "--reference_ops", "--total_samples", "4000"]))
-    out = capsys.readouterr().out
-    for text in ("parameters in the backbone", "GFLOP per image", "predicted peak memory", "images/s",
-                 "1 x cpu: 1,000 steps of 4", "8 x cpu: 125 steps of 32"):
-        assert text in out
-    assert not list(tmp_path.iterdir())  # nothing written

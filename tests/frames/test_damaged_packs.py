@@ -5,7 +5,7 @@ import pytest
 from test_faults import encode, speckle
 
 import pack
-from frames.packed import Pack
+from frames.packed import PACK_VERSION, Pack
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ DAMAGE = {
     "pack.json cut off": (rewrite("pack.json", lambda data: data[:99]), "pack"),
     "pack.json a list": (rewrite("pack.json", lambda data: b"[]"), "pack"),
     "pack.json bare": (edit("pack.json", '"images"', '"pictures"'), "pack.json"),
-    "other version": (lambda folder: edit("pack.json", f'"version": {pack.PACK_VERSION}', '"version": 1')(folder),
+    "other version": (lambda folder: edit("pack.json", f'"version": {PACK_VERSION}', '"version": 1')(folder),
                       "pack.json: pack version 1"),
     "no version": (edit("pack.json", '"version"', '"vision"'), "pack.json: pack version None"),
     "other canvas": (edit("pack.json", '"canvas": 8', '"canvas": 16'), "canvases.u8"),

@@ -11,7 +11,6 @@ from scipy import ndimage
 
 from frames import fan
 from frames.phantom import phantom_images
-from frames.shapes import label
 
 H, W = 480, 640
 NEAR = 28  # pixels by which what touches the fan may stay: 4 reduced ones regrown, 1 of margin, and a JPEG block
@@ -269,30 +268,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="cannot be cut"):
             fan.apply_fan(np.zeros((4, 4), np.uint8), mask)
 
-
 # ---------------------------------------------------------------- the parts
-
-@pytest.mark.parametrize("density", [0.0, 0.3, 0.55, 0.6, 0.8, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (37, 53)], ids="{0[0]}x{0[1]}".format)
-def test_label_equals_scipy(shape, density):
-    for seed in range(5):
-        mask = np.random.default_rng(seed).random(shape) < density
-        ours, (theirs, count) = label(mask), ndimage.label(mask)
-        assert np.array_equal(ours > 0, mask)
-        pairs = np.unique(np.stack([ours[mask], theirs[mask]]), axis=1)
-        assert pairs.shape[1] == count == len(np.unique(ours[mask]))  # one name of ours for each of theirs
-        if count:
-            assert np.bincount(ours[mask]).max() == np.bincount(theirs[mask]).max()
-
-
-def test_label_follows_a_spiral():
-    mask = np.zeros((61, 61), bool)
-    y, x, dy, dx, length = 30, 30, 0, 1, 2
-    while length < 58:
-        for _ in range(length):
-            mask[y, x], y, x = True, y + dy, x + dx
-        dy, dx, length = dx, -dy, length + (dx == 0) * 2
-    assert ndimage.label(mask)[1] == 1 and len(np.unique(label(mask))) == 2
 
 
 @pytest.mark.parametrize("level", [0, 1, 40, 254, 255])

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 from file_tools import greys, save, save_dicom, speckle
+from PIL import Image
 
 from frames import lists
 from frames.images import count_frames, decode_chunk, read_frames
@@ -27,7 +28,6 @@ def alarm():
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-
 
 # ---------------------------------------------------------------- folders
 
@@ -114,7 +114,6 @@ def test_unreadable_folders_are_told(tmp_path, monkeypatch):
     finally:
         (src / "b").chmod(0o755)
 
-
 # ---------------------------------------------------------------- several sources
 
 def test_several_sources_prefix_names_and_groups(tmp_path):
@@ -156,7 +155,6 @@ def test_group_columns_of_several_sources(tmp_path):
     for sources in ([one, bare], [bare, one], [one, str(tmp_path)]):
         with pytest.raises(ValueError, match="some have a group column and some have none; give all of them one"):
             list_images(sources)
-
 
 # ---------------------------------------------------------------- DICOM in folders
 
@@ -271,3 +269,10 @@ def test_lists_that_are_refused(tmp_path, text, read, complaint):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=complaint):
         read(str(tmp_path / "a.csv"))
+
+
+def test_list_without_a_header_reads_as_paths(tmp_path):
+    """UltraDINO's train_paths_2m.csv: one relative path per line, no header."""
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a b.png")
+    (tmp_path / "train_paths.csv").write_text("a b.png\n")
+    assert list_images(str(tmp_path / "train_paths.csv")).names == ["a b.png"]

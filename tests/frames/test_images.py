@@ -8,6 +8,7 @@ from PIL import Image, ImageFilter
 
 from frames import images
 from frames.images import FRAMES, count_frames, decode_all, read_frames
+from labelled import store
 
 
 def assert_frames(path, expected, tolerance=0):
@@ -147,7 +148,6 @@ def test_load_grey_wants_one_frame(tmp_path):
     with pytest.raises(ValueError, match="several frames"):
         load_grey(save_dicom(tmp_path / "two.dcm", np.stack((page, page))))
 
-
 # ---------------------------------------------------------------- kinds of pixels
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
@@ -211,7 +211,6 @@ def test_programs_are_no_images(tmp_path, monkeypatch):
     with pytest.raises((OSError, ValueError)):
         greys(str(tmp_path / "a.png"))
 
-
 # ---------------------------------------------------------------- colour
 
 def in_colour(path):
@@ -259,3 +258,9 @@ def test_colour_of_a_clip_is_told_by_frame(tmp_path):
     red[..., 0] = 200
     path = save(tmp_path / "a.tif", np.dstack([speckle(0)] * 3), red)
     assert [frame.colour for frame in read_frames(path)] == [False, True]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="a.png: cannot be read .*--exclude"):
+        store.Images(1, lambda i: images.read_image(str(tmp_path / "a.png"))).at(8)

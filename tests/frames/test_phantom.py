@@ -1,5 +1,4 @@
 """Phantoms: reproducible, balanced, no plane betrayed by brightness or outline, hardly readable from raw pixels."""
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +7,6 @@ from stage_tools import run_tool
 
 from frames import phantom
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANES = len(phantom.PLANES)
 
 

@@ -1,6 +1,5 @@
 """Phantom masks: the shapes that the images show, cut to the sector; a function of seed, patient and frame alone."""
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from stage_tools import run_tool
 from frames import phantom
 from frames.shapes import CLASS_COLOURS
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASS = {name: number for number, name in enumerate(phantom.STRUCTURES)}
 OF_PLANE = {"brain": {"head"}, "abdomen": {"abdomen", "stomach"}, "femur": set(), "thorax": {"heart"}}
 SAMPLED = [  # grey levels of four phantom images of seed 0, every twelfth pixel

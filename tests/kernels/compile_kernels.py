@@ -1,6 +1,6 @@
 """Compiles every kernel launch of a training step for many GPUs, on a machine without one; test_compile.py runs it.
 
-    python tests/compile_kernels.py [--module FILE] [--targets cuda:80 ...]        prints one line of JSON
+    python tests/kernels/compile_kernels.py [--module FILE] [--targets cuda:80 ...]        prints one line of JSON
 
 It is a process of its own because Triton decides when a kernel is defined whether to interpret it. Training steps run
 on CPU tensors while launches are recorded instead of executed (so their results are garbage), and one launch of each

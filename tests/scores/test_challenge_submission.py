@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from labelled.fmc_uia import Task, read_task_mask, read_tasks
 from scores import challenge
 from scores.challenge import mask_place, records_of
 
-ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
 CLS, DET, REG = Task("cls", "classification", 3), Task("det", "detection", 1), Task("reg", "regression", 2)
 SIZES = [(40, 30), (25, 50), (64, 20), (30, 30)]  # width, height

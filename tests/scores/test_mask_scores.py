@@ -14,7 +14,6 @@ import sklearn.metrics
 from PIL import Image
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
-from frames.shapes import fit_ellipse
 from scores import metrics
 from scores.metrics import boundary, boundary_distances, head_circumference, mask_counts
 
@@ -93,7 +92,6 @@ def test_masks_that_do_not_fit_raise(truth, prediction, message):
     with pytest.raises(ValueError, match=message):
         mask_counts(truth, prediction, 3)
 
-
 # ---------------------------------------------------------------- boundaries
 
 MASKS = {
@@ -166,7 +164,6 @@ def test_large_noisy_masks_stay_small_in_memory():
         assert tracemalloc.get_traced_memory()[1] - held < 200e6
     finally:
         tracemalloc.stop()
-
 
 # ---------------------------------------------------------------- the scores of an image
 
@@ -242,71 +239,7 @@ def test_a_pixel_without_a_size_raises(mm):
         with pytest.raises(ValueError, match="expected two lengths in mm, across and down"):
             function(*arguments, mm)
 
-
 # ---------------------------------------------------------------- ellipses
-
-def on_ellipse(x, y, a, b, angle, m=40, start=0.0, turn=2 * np.pi):
-    t = start + turn * np.arange(m) / m
-    u, v = a * np.cos(t), b * np.sin(t)
-    return np.stack((x + u * np.cos(angle) - v * np.sin(angle), y + u * np.sin(angle) + v * np.cos(angle)), 1)
-
-
-@pytest.mark.parametrize("ellipse", [(0, 0, 2, 1, 0.5), (300, 150, 90, 70, 3.0), (1e5, -2e5, 40, 39, 1.5),
-                                     (5, 5, 1000, 30, 0.7), (0, 0, 1e-4, 5e-5, 2.0), (7, 8, 1, 1, 0.0)])
-@pytest.mark.parametrize("m, turn, error", [(40, 2 * np.pi, 1e-8), (5, 2 * np.pi, 1e-8), (40, 2.0, 1e-4)],
-                         ids=["all around", "five points", "an arc"])
-def test_points_on_an_ellipse_give_it_back(ellipse, m, turn, error):
-    x, y, a, b, angle = fit_ellipse(on_ellipse(*ellipse, m, 0.3, turn))
-    assert (x, y) == pytest.approx(ellipse[:2], abs=error * ellipse[2])
-    assert (a, b) == pytest.approx(ellipse[2:4], rel=error)
-    assert 0 <= angle < np.pi and a >= b > 0
-    assert ellipse[2] == ellipse[3] or angle == pytest.approx(ellipse[4], abs=100 * error)
-
-
-def conic(x, y, a, b, angle):
-    """(6,): A x^2 + B x y + C y^2 + D x + E y + F = 0, scaled to 4 A C - B^2 = 1."""
-    c, s = np.cos(angle), np.sin(angle)
-    A, B, C = (c / a) ** 2 + (s / b) ** 2, 2 * c * s * (a ** -2 - b ** -2), (s / a) ** 2 + (c / b) ** 2
-    all_of_it = np.array([A, B, C, -2 * A * x - B * y, -2 * C * y - B * x, A * x * x + B * x * y + C * y * y - 1])
-    return all_of_it / np.sqrt(4 * A * C - B * B)
-
-
-@pytest.mark.parametrize("noise", [0.01, 0.1, 0.4])
-def test_noisy_points_solve_fitzgibbons_eigenproblem(noise):
-    """The 6 x 6 problem as first published, solved by SciPy: S v = lambda C v with the one positive lambda."""
-    points = on_ellipse(0.2, -0.1, 1.5, 0.8, 0.6) + noise * RNG.normal(size=(40, 2))
-    x, y = points.T
-    design = np.stack((x * x, x * y, y * y, x, y, x * 0 + 1), 1)
-    constraint = np.zeros((6, 6))
-    constraint[0, 2] = constraint[2, 0] = 2
-    constraint[1, 1] = -1
-    values, vectors = scipy.linalg.eig(design.T @ design, constraint)
-    chosen, = np.flatnonzero(np.isfinite(values) & (values.real > 0))
-    v = vectors[:, chosen].real
-    v = v * np.sign(v[0]) / np.sqrt(v @ constraint @ v)
-    np.testing.assert_allclose(conic(*fit_ellipse(points)), v, atol=1e-6)
-
-
-def test_a_fit_moves_with_its_points():
-    points = on_ellipse(0, 0, 3, 2, 0.4) + 0.1 * RNG.normal(size=(40, 2))
-    x, y, a, b, angle = fit_ellipse(points)
-    c, s = np.cos(1.0), np.sin(1.0)
-    turn = np.array([[c, s], [-s, c]])  # of row vectors, by 1 radian
-    moved = fit_ellipse(50 * points @ turn + (4000, -7000))
-    middle = 50 * np.array([x, y]) @ turn + (4000, -7000)
-    assert moved == pytest.approx((*middle, 50 * a, 50 * b, (angle + 1) % np.pi), rel=1e-7)
-
-
-@pytest.mark.parametrize("points", [np.zeros((0, 2)), on_ellipse(0, 0, 2, 1, 0, 4), np.ones((9, 2)),
-                                    np.stack((np.arange(9), 3 - 2 * np.arange(9)), 1), np.full((9, 2), np.nan),
-                                    np.repeat([[0, 0], [1, 5]], 9, 0), np.ones((9, 3)),
-                                    np.repeat([[0, 0], [1, 5], [3, 2]], 9, 0), np.argwhere(np.ones((9, 2))),
-                                    np.stack((np.linspace(-1, 1, 9), np.linspace(-1, 1, 9) ** 2), 1)],
-                         ids=["none", "four", "one place", "a line", "nan", "two places", "three axes", "three places",
-                              "two lines", "a parabola"])
-def test_points_that_make_no_ellipse_raise(points):
-    with pytest.raises(ValueError, match="no ellipse"):
-        fit_ellipse(points)
 
 
 @pytest.mark.parametrize("a, b", [(1, 1), (3, 2), (2, 3), (90.5, 70.25), (1, 0.01), (1, 1e-8), (1e6, 5e5), (7, 0)])
@@ -314,7 +247,6 @@ def test_circumference_is_the_elliptic_integral(a, b):
     long, short = max(a, b), min(a, b)
     expected = 4 * long * scipy.special.ellipe(1 - (short / long) ** 2)
     assert metrics.ellipse_circumference(a, b) == pytest.approx(expected, rel=1e-9)
-
 
 # ---------------------------------------------------------------- heads
 

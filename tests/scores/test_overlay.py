@@ -3,32 +3,17 @@ import os
 
 import numpy as np
 import pytest
+from picture_tools import GREY, flat, is_colour, runs, square
 from PIL import Image
 
-from frames.shapes import CLASS_COLOURS, class_colour, outlined
+from frames.shapes import CLASS_COLOURS, outlined
 from scores import plots
-
-GREY = 97  # of test images: no other large patch of an overlay has it
 
 
 def pixels(path):
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         return np.asarray(picture.convert("RGB")).astype(np.int16)
-
-
-def is_colour(image, colour):
-    return (np.abs(np.asarray(image).astype(np.int16) - colour) <= 1).all(-1)
-
-
-def square(shape, top, bottom, left, right, number=1):
-    mask = np.zeros(shape, np.uint8)
-    mask[top:bottom, left:right] = number
-    return mask
-
-
-def flat(*shape):
-    return np.full(shape, GREY, np.uint8)
 
 
 def overlay(tmp_path, rows, classes=("background", "head"), title="a title"):
@@ -45,96 +30,6 @@ def tiles(image):
     for top, bottom in runs(mask.any(1)):
         found += [(top, bottom + 6, left, right + 6) for left, right in runs(mask[top:bottom].any(0))]
     return found
-
-
-def runs(flags):
-    """(first, last + 1) of each run of true flags."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
-
-
-# ---------------------------------------------------------------- one image and its mask
-
-def test_outline_of_a_square_runs_along_its_edge():
-    """40 x 60 pixels shown four times as large: a line of 2 to 3 pixels over the edge, all else untouched."""
-    shown = np.asarray(outlined(flat(40, 60), square((40, 60), 10, 30, 15, 45), (240, 160)))
-    colour = CLASS_COLOURS[1]
-    untouched = is_colour(shown, (GREY,) * 3)
-    for line, edges in ((80, (60, 180)), (120, (40, 120))):  # a row of the picture, then a column
-        across = ~untouched[line] if line == 80 else ~untouched[:, line]
-        exact = is_colour(shown, colour)[line] if line == 80 else is_colour(shown, colour)[:, line]
-        assert len(runs(across)) == 2
-        for (first, end), edge in zip(runs(across), edges):
-            assert first <= edge <= end and 2 <= end - first <= 4 and exact[first:end].sum() >= 1
-    assert untouched[44:116, 64:176].all() and untouched[:37].all() and untouched[:, 184:].all()
-
-
-@pytest.mark.parametrize("size", [(60, 40), (240, 160), (30, 20)])
-def test_outlines_of_turned_masks_are_turned(size):
-    """No line leans to a side, not even by a part of a pixel."""
-    mask = square((40, 60), 7, 30, 11, 45)
-    shown = np.asarray(outlined(flat(40, 60), mask, size))
-    assert np.array_equal(np.asarray(outlined(flat(40, 60), mask[::-1].copy(), size)), shown[::-1])
-    assert np.array_equal(np.asarray(outlined(flat(40, 60), mask[:, ::-1].copy(), size)), shown[:, ::-1])
-
-
-def test_fill_is_faint_and_inside():
-    mask = square((40, 60), 10, 30, 15, 45, 2)
-    shown = np.asarray(outlined(flat(40, 60), mask, (240, 160), 0.2)).astype(int)
-    blend = np.round(0.8 * GREY + 0.2 * np.array(CLASS_COLOURS[2]))
-    assert np.abs(shown[44:116, 64:176] - blend).max() <= 1
-    assert (shown[:37] == GREY).all() and (shown[:, :56] == GREY).all()
-
-
-def test_image_shows_through_in_its_place():
-    image = np.zeros((50, 50), np.uint8)
-    image[:, 25:] = 200
-    shown = np.asarray(outlined(image, np.zeros_like(image), (100, 100))).astype(int)
-    assert np.abs(shown[:, :46]).max() <= 2 and np.abs(shown[:, 54:] - 200).max() <= 2
-    assert shown[:, 40:60].mean() == pytest.approx(100, abs=3)
-
-
-@pytest.mark.parametrize("shape", [(600, 900), (37, 53), (3000, 2000), (240, 240)])
-def test_a_single_pixel_still_shows(shape):
-    row, column = shape[0] // 3, shape[1] // 4
-    size = (round(240 * shape[1] / shape[0]), 240)
-    shown = np.asarray(outlined(flat(*shape), square(shape, row, row + 1, column, column + 1), size)).astype(int)
-    touched = np.argwhere((shown != GREY).any(-1))
-    centre = (np.array([row, column]) + 0.5) * 240 / shape[0]
-    assert np.abs(touched.mean(0) + 0.5 - centre).max() < 1 and np.ptp(touched, axis=0).max() <= 240 / shape[0] + 4
-    share = (shown[..., 0] - GREY) / (CLASS_COLOURS[1][0] - GREY)  # of the colour: a dot may lie astride pixels
-    assert share.max() > 0.8 and share.sum() > 3
-
-
-def test_what_the_border_cuts_is_outlined_there_too():
-    shown = outlined(flat(50, 50), square((50, 50), 0, 50, 0, 50), (100, 100))
-    seen = is_colour(shown, CLASS_COLOURS[1])
-    assert seen[0].all() and seen[-1].all() and seen[:, 0].all() and seen[:, -1].all() and not seen[3:-3, 3:-3].any()
-
-
-@pytest.mark.parametrize("inner, outer", [(1, 2), (2, 1)])
-def test_a_small_structure_lies_on_top_of_the_one_around_it(inner, outer):
-    mask = square((80, 80), 10, 70, 10, 70, outer)
-    mask[36:44, 36:44] = inner
-    shown = np.asarray(outlined(flat(80, 80), mask, (240, 240)))
-    line = shown[120, 95:125]  # from within the outer one into the inner one, whose edge is at 108
-    assert is_colour(line, CLASS_COLOURS[inner])[12:15].any() and not is_colour(
-        line, CLASS_COLOURS[outer])[12:16].any()
-    assert is_colour(shown[120, 25:35], CLASS_COLOURS[outer]).any()
-
-
-def test_many_classes_have_colours_of_their_own():
-    """At least 27, none grey or dark, all apart as CIELAB tells; further classes start over."""
-    colours = np.array(CLASS_COLOURS[1:])
-    assert len(colours) >= 27 and tuple(CLASS_COLOURS[0]) == (0, 0, 0)
-    linear = np.where(colours <= 10, colours / 255 / 12.92, ((colours / 255 + 0.055) / 1.055) ** 2.4)
-    xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
-    x, y, z = np.cbrt(xyz / [0.9505, 1, 1.089]).T
-    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
-    apart = np.linalg.norm(lab[:, None] - lab, axis=-1)[np.triu_indices(len(lab), 1)]
-    assert apart.min() > 17 and lab[:, 0].min() > 40 and np.hypot(lab[:, 1], lab[:, 2]).min() > 30
-    again = [class_colour(number) for number in range(1, 256)]
-    assert again[:len(colours)] == again[len(colours):2 * len(colours)] == CLASS_COLOURS[1:]
 
 
 # ---------------------------------------------------------------- the whole picture
@@ -254,7 +149,6 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         overlay(tmp_path, [("y", flat(20, 30), mask, mask * 0)])
     assert os.listdir(tmp_path) == ["overlay.png"] and np.array_equal(pixels(tmp_path / "overlay.png"), before)
-
 
 # ---------------------------------------------------------------- which images
 

@@ -1,7 +1,6 @@
 """tools/preview.py: one picture of what training will see of a few images, as a user asks for it."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ import pretrain
 from frames.packed import Pack
 from tools import preview
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--preset", "cpu", "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "3",
          "--patch_size", "8", "--canvas", "40", "--mask_tissue"]
 
