@@ -123,6 +123,7 @@ def test_crops_are_crop_major(frame):
     assert torch.allclose(crops[[1, 3, 5]], torch.tensor(7.0), atol=1e-3)  # all crops of image 1
     assert torch.allclose(crops[2, 0], crops_in_grey(frame, plain_draws([boxes[0][1:2]]), 16)[0], atol=1e-3)
 
+
 # ---------------------------------------------------------------- draws
 
 def test_boxes_follow_random_resized_crop():
@@ -235,8 +236,8 @@ def test_masks_do_not_depend_on_who_asks():
     some = data.draw_masks(7, 3, 32, np.array([5, 30]), (6, 6), 0.5, (0.1, 0.5))
     assert (some == everyone[[5, 30, 32 + 5, 32 + 30]]).all() and some.any()
 
-# ---------------------------------------------------------------- order and batches
 
+# ---------------------------------------------------------------- order and batches
 
 class FakePack:
     def __init__(self, images, canvas=32):

@@ -86,8 +86,8 @@ def test_compiled_gradients_are_the_same():
             assert (plain[name] - compiled[name]).norm() <= 1e-5 * plain[name].norm().clamp(min=1e-6), name
     assert list(model.state_dict()) == list(VisionTransformer(**VIT).state_dict())
 
-# ---------------------------------------------------------------- a step on shapes without numbers
 
+# ---------------------------------------------------------------- a step on shapes without numbers
 
 @pytest.mark.parametrize("more", [[], ["--centering", "centering"], ["--separate_head"], ["--dtype", "bfloat16"],
                                   ["--local_crops_number", "0"]], ids=str)

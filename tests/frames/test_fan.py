@@ -268,8 +268,8 @@ def test_refusals():
         with pytest.raises(ValueError, match="cannot be cut"):
             fan.apply_fan(np.zeros((4, 4), np.uint8), mask)
 
-# ---------------------------------------------------------------- the parts
 
+# ---------------------------------------------------------------- the parts
 
 @pytest.mark.parametrize("level", [0, 1, 40, 254, 255])
 def test_background_is_the_most_frequent_level(level):

@@ -29,6 +29,7 @@ def alarm():
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
+
 # ---------------------------------------------------------------- folders
 
 def touch(folder, *names):
@@ -114,6 +115,7 @@ def test_unreadable_folders_are_told(tmp_path, monkeypatch):
     finally:
         (src / "b").chmod(0o755)
 
+
 # ---------------------------------------------------------------- several sources
 
 def test_several_sources_prefix_names_and_groups(tmp_path):
@@ -155,6 +157,7 @@ def test_group_columns_of_several_sources(tmp_path):
     for sources in ([one, bare], [bare, one], [one, str(tmp_path)]):
         with pytest.raises(ValueError, match="some have a group column and some have none; give all of them one"):
             list_images(sources)
+
 
 # ---------------------------------------------------------------- DICOM in folders
 

@@ -148,6 +148,7 @@ def test_load_grey_wants_one_frame(tmp_path):
     with pytest.raises(ValueError, match="several frames"):
         load_grey(save_dicom(tmp_path / "two.dcm", np.stack((page, page))))
 
+
 # ---------------------------------------------------------------- kinds of pixels
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
@@ -210,6 +211,7 @@ def test_programs_are_no_images(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises((OSError, ValueError)):
         greys(str(tmp_path / "a.png"))
+
 
 # ---------------------------------------------------------------- colour
 

@@ -2,7 +2,6 @@
 import numpy as np
 import pytest
 import scipy.linalg
-import scipy.special
 from picture_tools import GREY, flat, is_colour, runs, square
 from scipy import ndimage
 
@@ -98,6 +97,7 @@ def test_a_fit_moves_with_its_points():
 def test_points_that_make_no_ellipse_raise(points):
     with pytest.raises(ValueError, match="no ellipse"):
         fit_ellipse(points)
+
 
 # ---------------------------------------------------------------- outlines
 

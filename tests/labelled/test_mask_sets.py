@@ -1,15 +1,13 @@
-"""A segmentation set as a run sees it: parts, squashed masks, few-shot draws, and scores at each image's own size."""
-
+"""A segmentation set as a run sees it: its parts, squashed masks, few-shot draws."""
 
 import numpy as np
 import pytest
-from seg_tools import CLASSES, arguments, data, load, masks_of, read_rows  # noqa: F401
-from stage_tools import one_thread  # noqa: F401
+from seg_tools import CLASSES, data, load, masks_of, read_rows  # noqa: F401
 
 import finetune_seg
 from frames import phantom
 from labelled import mask_sets
-from scores import report
+
 
 # ---------------------------------------------------------------- images, masks, parts
 
@@ -82,6 +80,7 @@ def test_shares_are_of_train_pixels(data, tmp_path):
     few = data._replace(train=data.train[1:2])  # it shows no stripe
     assert mask_sets.class_shares(few)[2] == 0 and mask_sets.class_shares(few).sum() == pytest.approx(1)
 
+
 # ---------------------------------------------------------------- few-shot
 
 def shots_set(groups=tuple(range(12)), K=3):
@@ -141,25 +140,3 @@ def test_more_shots_than_there_are(by, shots, message):
     data, present = shots_set(groups=np.repeat(range(3), 4))
     with pytest.raises(ValueError, match=message):
         mask_sets.draw_shots(data, present, shots, by, 0)
-
-# ---------------------------------------------------------------- the file of parts
-
-def test_split_file(data, tmp_path):
-    data = data[0]
-    report.write_split("out.csv", {"image": data.names, "group": data.groups}, data)
-    expected = [f"{row['image']},{row['group']},{row['split']}" for split in ("train", "val", "test")
-                for row in read_rows(tmp_path, split)]
-    lines = (tmp_path / "out.csv").read_text().split()
-    assert lines[0] == "image,group,split" and sorted(lines[1:]) == sorted(expected)
-    found, *_ = mask_sets.open_data(arguments("--split", "out.csv"))
-    assert all(np.array_equal(getattr(found, part), getattr(data, part)) for part in ("train", "val", "test"))
-    assert np.array_equal(found.groups, data.groups)
-
-
-def test_another_split_is_kept_aside(data, tmp_path, capsys):
-    (tmp_path / "out.csv").write_text("mine")
-    columns = {"image": data[0].names, "group": data[0].groups}
-    report.write_split("out.csv", columns, data[0])
-    assert (tmp_path / "out.old-1.csv").read_text() == "mine" and "another split: kept as" in capsys.readouterr().out
-    report.write_split("out.csv", columns, data[0])
-    assert not (tmp_path / "out.old-2.csv").exists()

@@ -1,5 +1,5 @@
 """Scores of masks against scikit-learn, SciPy's distance transform and by hand; what is empty, one pixel, cut off;
-ellipses against the unabridged eigenproblem and the elliptic integral."""
+circumferences against the elliptic integral."""
 
 import csv
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import scipy.special
 import sklearn.metrics
 from PIL import Image
@@ -92,6 +91,7 @@ def test_masks_that_do_not_fit_raise(truth, prediction, message):
     with pytest.raises(ValueError, match=message):
         mask_counts(truth, prediction, 3)
 
+
 # ---------------------------------------------------------------- boundaries
 
 MASKS = {
@@ -164,6 +164,7 @@ def test_large_noisy_masks_stay_small_in_memory():
         assert tracemalloc.get_traced_memory()[1] - held < 200e6
     finally:
         tracemalloc.stop()
+
 
 # ---------------------------------------------------------------- the scores of an image
 
@@ -239,14 +240,15 @@ def test_a_pixel_without_a_size_raises(mm):
         with pytest.raises(ValueError, match="expected two lengths in mm, across and down"):
             function(*arguments, mm)
 
-# ---------------------------------------------------------------- ellipses
 
+# ---------------------------------------------------------------- ellipses
 
 @pytest.mark.parametrize("a, b", [(1, 1), (3, 2), (2, 3), (90.5, 70.25), (1, 0.01), (1, 1e-8), (1e6, 5e5), (7, 0)])
 def test_circumference_is_the_elliptic_integral(a, b):
     long, short = max(a, b), min(a, b)
     expected = 4 * long * scipy.special.ellipe(1 - (short / long) ** 2)
     assert metrics.ellipse_circumference(a, b) == pytest.approx(expected, rel=1e-9)
+
 
 # ---------------------------------------------------------------- heads
 

@@ -150,6 +150,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
         overlay(tmp_path, [("y", flat(20, 30), mask, mask * 0)])
     assert os.listdir(tmp_path) == ["overlay.png"] and np.array_equal(pixels(tmp_path / "overlay.png"), before)
 
+
 # ---------------------------------------------------------------- which images
 
 @pytest.mark.parametrize("scores, expected", [

@@ -8,7 +8,9 @@ from argparse import Namespace
 import numpy as np
 import pytest
 from scipy.stats import norm
+from seg_tools import arguments, data, read_rows  # noqa: F401
 
+from labelled import mask_sets
 from scores import metrics, report, stats
 from scores.exchange import read_predictions
 from scores.metrics import CLASSIFICATION_SCORES
@@ -298,6 +300,27 @@ def test_predictions_are_written_as_they_are_read(tmp_path):
 
 
 # ---------------------------------------------------------------- files
+
+def test_split_file(data, tmp_path):
+    data = data[0]
+    report.write_split("out.csv", {"image": data.names, "group": data.groups}, data)
+    expected = [f"{row['image']},{row['group']},{row['split']}" for split in ("train", "val", "test")
+                for row in read_rows(tmp_path, split)]
+    lines = (tmp_path / "out.csv").read_text().split()
+    assert lines[0] == "image,group,split" and sorted(lines[1:]) == sorted(expected)
+    found, *_ = mask_sets.open_data(arguments("--split", "out.csv"))
+    assert all(np.array_equal(getattr(found, part), getattr(data, part)) for part in ("train", "val", "test"))
+    assert np.array_equal(found.groups, data.groups)
+
+
+def test_another_split_is_kept_aside(data, tmp_path, capsys):
+    (tmp_path / "out.csv").write_text("mine")
+    columns = {"image": data[0].names, "group": data[0].groups}
+    report.write_split("out.csv", columns, data[0])
+    assert (tmp_path / "out.old-1.csv").read_text() == "mine" and "another split: kept as" in capsys.readouterr().out
+    report.write_split("out.csv", columns, data[0])
+    assert not (tmp_path / "out.old-2.csv").exists()
+
 
 def test_text_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.tex"

@@ -16,7 +16,8 @@ from tools import dry_run, preview
     pytest.param("vit_large", 32, ["--checkpoint_activations"], 11, marks=pytest.mark.slow)])
 def test_full_sizes_fit(arch, batch, more, most):
     """The recipe's step at UltraDINO's sizes in so many GB, about half of what cards of 18, 20 and 22 GB have."""
-    peak, _ = fake_step(pretrain.get_args(["--preset", "ultradino", "--arch", arch, "--batch_size_per_gpu", str(batch), *more]))
+    peak, _ = fake_step(pretrain.get_args(
+        ["--preset", "ultradino", "--arch", arch, "--batch_size_per_gpu", str(batch), *more]))
     assert 0.8 * most * 1e9 < peak < most * 1e9
 
 
@@ -33,14 +34,16 @@ def test_predicted_memory_and_work_follow_the_flags():
 @pytest.mark.parametrize("reference", [False, True], ids=["kernels", "references"])
 def test_counted_work_is_the_formula(reference):
     """Matrix products of a step counted by hand: 2 operations a weight and token forward, 4 backward."""
-    args = pretrain.get_args([*SMALL, "--drop_path_rate", "0", "--mask_sample_probability", "0", "--global_crops_size", "64"])
+    args = pretrain.get_args(
+        [*SMALL, "--drop_path_rate", "0", "--mask_sample_probability", "0", "--global_crops_size", "64"])
     _, flops = fake_step(args, reference=reference)
     b, C, depth, P, local = 4, 128, 4, 256, 4
     rows_g, rows_l = 2 * b * (5 + P), 2 * b * (5 + local)  # tokens of global and local crops; five have no patch
     linear = depth * 12 * C * C * (2 * rows_g + 6 * (rows_g + rows_l))
     patch = 16 * C * (2 * 2 * b * P + 4 * 2 * b * (P + local))  # the pixels need no gradient
     products = (2, 2 + 7) if not reference else (2, 2 + 4)  # of the teacher, of the student: kernels compute S anew
-    attention = depth * 2 * C * (products[0] * rows_g * (5 + P) + products[1] * (rows_g * (5 + P) + rows_l * (5 + local)))
+    attention = depth * 2 * C * (
+        products[0] * rows_g * (5 + P) + products[1] * (rows_g * (5 + P) + rows_l * (5 + local)))
     head, prototypes = C * 16 + 16 * 16 + 16 * 8, 8 * 32
     heads = head * (2 * 2 * b + 6 * 4 * b) + prototypes * (2 * 2 * b + 2 * 2 * b + 6 * 4 * b)
     assert flops == pytest.approx(linear + patch + attention + heads, rel=0.02)

@@ -1,4 +1,4 @@
-"""Images read once, features of truncated networks, a cache that is right or made anew, what lies outside the fan."""
+"""Features of truncated networks, and a cache that is right or made anew."""
 
 import copy
 import os
