@@ -168,8 +168,9 @@ def test_interrupted_run_goes_on(tmp_path, number):
     process = subprocess.Popen([sys.executable, ROOT / "pack.py", "src", "out", "--workers", "2"], cwd=tmp_path,
                                stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
-    deadline, canvases = time.time() + 60, tmp_path / "out.part/canvases.u8"
-    while not (canvases.exists() and canvases.stat().st_size) and time.time() < deadline:
+    deadline, canvases, chunk = time.time() + 60, tmp_path / "out.part/canvases.u8", images.CHUNK * 384 ** 2
+    # until a second chunk is being written: the journal knows of the first one then
+    while not (canvases.exists() and canvases.stat().st_size > chunk) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)  # also waits until the workers have closed stderr
