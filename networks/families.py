@@ -12,7 +12,7 @@ from torch import nn
 
 from model import DINOV3, rope_periods
 
-JOIN = "join it by --features or --predictions (README)"
+JOIN = "join it by --features or --predictions (docs/comparing.md)"
 
 # What tensor names give away, first match: architectures with other layers than ours.
 OTHERS = {

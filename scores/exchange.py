@@ -30,7 +30,7 @@ def read_features(path, names):
         if "Object arrays" in str(error):  # of paths, or of vectors of several lengths
             error = "arrays of objects: names must be strings, list(map(str, names)), and vectors of one length"
         raise ValueError(f"--features {path}: expected an .npz with the arrays name (n,) and vector (n, d) ({error}); "
-                         f"the README has the two lines that write one")
+                         f"docs/comparing.md has the two lines that write one")
     if theirs.ndim != 1 or vectors.ndim != 2 or len(theirs) != len(vectors):
         raise ValueError(f"--features {path}: name {theirs.shape} and vector {vectors.shape}, expected (n,) and (n, d)")
     rows = match_names(theirs.tolist(), names, f"--features {path}")

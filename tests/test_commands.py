@@ -1,4 +1,4 @@
-"""The commands that the README promises, as a newcomer types them: slow, run by make test_slow."""
+"""What README and docs promise: commands, links, line counts and tables; slow ones as a newcomer types them."""
 
 import importlib
 import json
@@ -26,6 +26,8 @@ from tools import phantom_sheet, score_submission
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md",
+                                              *sorted((ROOT / "docs").glob("*.md")))}
 ROOMS = ("kernels", "frames", "labelled", "networks", "training", "scores", "tools", "benchmarks")
 
 
@@ -50,16 +52,16 @@ def checkout(tmp_path):
     return tmp_path / "project"
 
 
-def readme_commands():
-    """Every python and torchrun line of the README's code blocks, comments cut off."""
-    for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S):
+def promised_commands(pages=PAGES.values()):
+    """Every python and torchrun line of the pages' code blocks, comments cut off."""
+    for block in re.findall(r"^```\n(.*?)^```", "\n".join(pages), re.M | re.S):
         for line in block.splitlines():
             if re.match(r"(python|torchrun) ", line):
                 yield line.split("  #")[0].strip()
 
 
-@pytest.mark.parametrize("line", sorted(set(readme_commands())))
-def test_readme_commands_parse(line):
+@pytest.mark.parametrize("line", sorted(set(promised_commands())))
+def test_commands_parse(line):
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m")
     parse = {"pretrain.py": pretrain, "fewshot.py": fewshot, "pack.py": pack, "finetune_cls.py": finetune_cls,
@@ -71,11 +73,12 @@ def test_readme_commands_parse(line):
 
 def test_readme_promises_the_two_commands():
     assert {"torchrun --nproc_per_node 8 pretrain.py --data /fus2m",
-            "python fewshot.py --ckpt last.pt --shots 5"} <= set(readme_commands())
+            "python fewshot.py --ckpt last.pt --shots 5"} <= set(promised_commands([README]))
 
 
-def test_readme_names_functions_that_exist():
-    algorithm = README[README.index("## The algorithm"):README.index("## Kernels")]
+def test_the_algorithm_names_functions_that_exist():
+    design = (ROOT / "docs/design.md").read_text()
+    algorithm = design[design.index("## The algorithm"):design.index("## Kernels")]
     named = re.findall(r"`(\w+)\.(\w+)(?:\.(\w+))?[`:]", algorithm)
     assert len(named) >= 8
     for module, name, *method in named:
@@ -84,28 +87,50 @@ def test_readme_names_functions_that_exist():
             assert not method[0] or hasattr(found, method[0])
 
 
-def test_readme_links_to_its_own_headings_resolve():
-    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                for line in README.splitlines() if line.startswith("#")}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+def headings(path):
+    return {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+            for line in path.read_text().splitlines() if line.startswith("#")}
 
 
-def test_readme_file_map_is_true():
-    """Each file of the map exists with the stated number of lines, and no source file is missing from it."""
-    rows = dict(re.findall(r"^\| `([^`]+)` \| (\d+) \|", README, re.M))
-    files = [ROOT / name for name in rows]
-    lines = {name: str(len(file.read_text().splitlines())) for name, file in zip(rows, files)}
-    assert rows == lines
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if not link.startswith("https://")]
+    assert links
+    for link in links:
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_paths_in_backticks_exist(page):
+    """Of files of the project, which have a folder in their name."""
+    for name in re.findall(r"`((?:frames|labelled|networks|training|scores|kernels|tools|benchmarks|tests)/[^`*]*)`", PAGES[page]):
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 250
+
+
+def test_file_maps_are_true():
+    """Each file of the maps exists with the stated number of lines, and no source file is missing from the design's."""
+    found = {page.name: dict(re.findall(r"^\|(?: \d* \|)? `([^`]+\.py)` \| (\d+) \|", text, re.M))
+             for page, text in PAGES.items()}
+    for rows in found.values():
+        assert rows == {name: str(len((ROOT / name).read_text().splitlines())) for name in rows}
     sources = {str(path.relative_to(ROOT)) for room in (".", *ROOMS) for path in (ROOT / room).glob("*.py")}
-    assert {name for name in sources if not name.endswith("__init__.py")} <= rows.keys()
+    assert {name for name in sources if not name.endswith("__init__.py")} <= found["design.md"].keys()
+    assert {"pretrain.py", "losses.py", "model.py", "data.py", "runtime.py"} <= found["README.md"].keys()
 
 
-def test_readme_tables_come_from_result_files():
-    blocks = re.findall(r"<!-- from (\S+) -->\n```\n(.*?)```", README, re.S)
-    tables = re.findall(r"<!-- from (\S+) -->\n((?:\|.*\n)+)", README)
+def test_tables_come_from_result_files():
+    text = "\n".join(PAGES.values())
+    blocks = re.findall(r"<!-- from (\S+) -->\n```\n(.*?)```", text, re.S)
+    tables = re.findall(r"<!-- from (\S+) -->\n((?:\|.*\n)+)", text)
     assert len(blocks) == 4 and len(tables) == 2
-    blocks += tables
-    for source, block in blocks:
+    for source, block in blocks + tables:
         result = (ROOT / source).read_text()
         assert all(line in result for line in block.splitlines()), source
         assert ("$ " in result or "`python " in result) and "commit" in result and "torch" in result  # says how and where
