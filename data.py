@@ -18,7 +18,7 @@ from frames.packed import CROPS, MASKS, BatchRows, image_order, philox
 # ---------------------------------------------------------------- what is random: drawn on the CPU, a few floats a crop
 
 def draw_boxes(rng, sizes, n, scale, ratio=(3 / 4, 4 / 3)):
-    """RandomResizedCrop's draw, n boxes per image of width, height `sizes` (B, 2) -> (B, n, 4): left, top, width, height.
+    """RandomResizedCrop's draw, n boxes per image: `sizes` (B, 2), width, height -> (B, n, 4) left, top, width, height.
 
     As torchvision: ten tries of a random area share and log-uniform aspect, else the largest centred box.
     """
@@ -98,12 +98,12 @@ def deal_strata(rng, images, masked):
     """Which stratum of mask ratios each crop of a batch gets: int (2, images), -1 for no mask; row 0 is first crops.
 
     Images have equal shares of the `masked` crops, the first or second crop by a coin. Neighbours get strata that
-    mirror each other, a light and a heavy mask: so every stretch of images has nearly the same number of masked patches.
+    mirror each other, a light and a heavy mask: so every stretch of images has nearly as many masked patches.
     """
     light = rng.permutation(masked // 2)
     strata = np.append(np.stack((light, masked - 1 - light), axis=1).ravel(), [masked // 2] * (masked % 2))
     image = np.arange(masked) * images // max(masked, 1)
-    again = np.append(False, image[1:] == image[:-1])[:masked]  # with more masks than images some have both crops masked
+    again = np.append(False, image[1:] == image[:-1])[:masked]  # more masks than images: some have both crops masked
     dealt = np.full((2, images), -1)
     dealt[((rng.random(images) < 0.5)[image] ^ again).astype(int), image] = strata
     return dealt
@@ -252,7 +252,8 @@ def band_matrix(weights, columns, width):
 def resize_weights(start, length, out_size, in_size, flip=None):
     """Weights (n, out, in) of antialiased bicubic resizing of [start, start + length) of an axis to `out` pixels.
 
-    start, length (n,) in pixels, fractions allowed; where flip (n,) is not 0 the output runs backwards. Pillow's rule (a = -0.5, support 2 output pixels when shrinking);
+    start, length (n,) in pixels, fractions allowed; where flip (n,) is not 0 the output runs backwards. Pillow's rule
+    (a = -0.5, support 2 output pixels when shrinking);
     pixels whose centre is outside the box get no weight and the rest is renormalised, as after a crop.
     """
     outputs = torch.arange(out_size, device=start.device) + 0.5  # (out,)

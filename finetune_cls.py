@@ -72,7 +72,8 @@ def get_args(argv=None):
     # data
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
     add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
-    add("--by", nargs="+", default=[], metavar="COLUMN", help="score each value of these columns apart: US_Machine, ...")
+    add("--by", nargs="+", default=[], metavar="COLUMN",
+        help="score each value of these columns apart: US_Machine, ...")
     add("--split_seed", type=int, default=0, help="of groups drawn for validation and test where the data name none")
     add("--val_fraction", type=float, default=0.2, help="share of train groups kept for validation if none is named")
     add("--test_fraction", type=float, default=0.2, help="share of all groups kept for the test if none is named")
@@ -214,11 +215,13 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
         if done % per_epoch == 0:
             val = classifier.predict(network, canvases[data.val], stats, args.eval_batch_size, device, args.dtype, rank,
                                      world_size)
-            f1, epoch, loss = float(validation_f1(val, data.labels[data.val])), done // per_epoch, total.item() / per_epoch
+            f1, epoch = float(validation_f1(val, data.labels[data.val])), done // per_epoch
+            loss = total.item() / per_epoch
             if f1 > best["validation macro F1"]:
                 best = {"validation macro F1": f1, "epoch": epoch, "state": runtime.cpu_copy(network.state_dict())}
             if is_main:
-                record = {"step": done, "epoch": epoch, "loss": loss, "validation macro F1": f1, "lr": float(rates[step])}
+                record = {"step": done, "epoch": epoch, "loss": loss, "validation macro F1": f1,
+                          "lr": float(rates[step])}
                 runtime.log_line(log_path, bar, record, (
                     f"epoch {epoch}/{args.epochs} | loss {loss:.3f} | validation macro F1 {f1:.3f}, best "
                     f"{best['validation macro F1']:.3f} | {time.monotonic() - since:.0f} s"))
@@ -284,11 +287,11 @@ def protocol(args):
     if args.knn:
         return "k nearest neighbours of the frozen class token (cosine, temperature 0.07), k by validation macro F1"
     if args.linear:
-        return (f"linear heads on frozen features (SGD, {args.linear_steps:,} steps of {args.batch_size}; learning rate, "
-                f"last 1 or {BLOCKS} blocks, average pool: the best by validation macro F1)")
+        return (f"linear heads on frozen features (SGD, {args.linear_steps:,} steps of {args.batch_size}; learning "
+                f"rate, last 1 or {BLOCKS} blocks, average pool: the best by validation macro F1)")
     return (f"full fine-tuning for {args.epochs} epochs (AdamW, learning rate {args.lr:g}, batch {args.batch_size}, "
-            f"layer decay {args.layer_decay:g}, 1 from scratch, weight decay {args.weight_decay:g}, mixup {args.mixup:g}, "
-            f"cutmix {args.cutmix:g}, label smoothing {args.smoothing:g}, augmentation "
+            f"layer decay {args.layer_decay:g}, 1 from scratch, weight decay {args.weight_decay:g}, mixup "
+            f"{args.mixup:g}, cutmix {args.cutmix:g}, label smoothing {args.smoothing:g}, augmentation "
             f"{'on' if args.augment else 'off'}), the epoch of the largest validation macro F1")
 
 
@@ -305,9 +308,10 @@ def methods_text(found, data, args, vectors):
     return "".join([
         PHANTOMS if args.data is None else "",
         f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
-        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two parts. ",
-        f"{found['copies']['sentence']} Images per class in train, validation, test: {classes}. Images were squashed to "
-        f"{args.img_size} pixels a side, or the nearest multiple of a model's patch size. ",
+        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two "
+        f"parts. ",
+        f"{found['copies']['sentence']} Images per class in train, validation, test: {classes}. Images were squashed "
+        f"to {args.img_size} pixels a side, or the nearest multiple of a model's patch size. ",
         f"Given were {', '.join(given)}. " if given else "",
         f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; "
         f"{runs_text(found)}. {STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
@@ -341,8 +345,8 @@ def main(args):
     else:
         received, (rank, world_size, device) = runtime.stop_on_signals(), runtime.setup()
         if (most := -(-args.batch_size // 2)) < world_size:  # neighbours are mixed: a process needs a pair
-            raise ValueError(f"{world_size} processes for batches of {args.batch_size} images (--batch_size, or all there "
-                             f"are to train): --nproc_per_node {most} is the most")
+            raise ValueError(f"{world_size} processes for batches of {args.batch_size} images (--batch_size, or all "
+                             f"there are to train): --nproc_per_node {most} is the most")
     if rank == 0:
         runtime.show_run(args, device, world_size)
         print("\n".join([f"{len(data.names):,} images, {len(data.classes)} classes, groups by {data.grouped_by}: "
@@ -378,7 +382,8 @@ def main(args):
     print(found["copies"]["sentence"])
     for name, runs in chosen.items():
         print(f"{name}, on validation: " + "; ".join(
-            ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in run.items())
+            ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                      for key, value in run.items())
             for run in runs))
     print(f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
           f"({runs_text(found)}; files times fine-tuning or probe seeds) [95 % interval over groups]\n")

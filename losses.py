@@ -159,8 +159,8 @@ def student_losses(student, micro, class_target, patch_target, temp, batch, draw
     k = torch.arange(2 + L, device=cls.device)
     rows_of = torch.stack(((k == 0).long(), 2 * (k >= 2) - 1), dim=1)  # (2 + L, 2): 1 -1, 0 -1, 0 1, 0 1, ...
     weight = cls.new_full((b, 2 + L), 1 / (batch * (2 * L + 2)), dtype=class_target[3].dtype)
-    dino, losses = prototype_loss(student.dino_head.bottleneck(cls).transpose(0, 1), prototypes[0], *class_target, rows_of,
-                                  weight, STUDENT_TEMP, temp, dtype)
+    dino, losses = prototype_loss(student.dino_head.bottleneck(cls).transpose(0, 1), prototypes[0], *class_target,
+                                  rows_of, weight, STUDENT_TEMP, temp, dtype)
     weight = micro["mask_weight"][:, None] / (2 * batch)  # (M, 1)
     ibot, _ = prototype_loss(student.patch_head().bottleneck(patches[:, None]), prototypes[1], *patch_target,
                              -k[None, :2], weight, STUDENT_TEMP, temp, dtype)  # rows_of [[0, -1]]: each from its own

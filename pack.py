@@ -4,9 +4,9 @@
     python pack.py /export_2023 train_paths.csv train.pack --exclude '*_mask.png' --holdout test.csv
     python pack.py /clips clips.pack --group_regex '([^/]+)_frame[0-9]+' --dedup --max_per_group 200
 
-SRC is a recursive folder, a text list or a CSV; the files of a pack are described in frames/packed.py. What cannot be read is
-skipped, counted and listed in OUT/skipped.txt. Until a pack is complete it is called OUT.part; the same command goes on
-with it after an interruption or a full disk. --holdout keeps benchmark images out. An image is left out when
+SRC is a recursive folder, a text list or a CSV; the files of a pack are described in frames/packed.py. What cannot be
+read is skipped, counted and listed in OUT/skipped.txt. Until a pack is complete it is called OUT.part; the same command
+goes on with it after an interruption or a full disk. --holdout keeps benchmark images out. An image is left out when
 
 1. its grey pixels equal those of a holdout image, or its perceptual hash is that of one: another export of the frame;
 2. its group is held out. Where a `group` column, --group_regex or DICOM names groups, a group is held out if the
@@ -323,7 +323,8 @@ def fill(part, images, made_from, holdout, max_skipped, workers, log):
     write_skipped(part, list_reasons(rows, why, groups == digests[rows["image"]], failed, np.flatnonzero(skip), images))
     say("writing tables")
     write_tables(part, rows, groups, named, why == 0, names, canvas, journal.salt, grouped_by=grouped_by,
-                 files=len(names), skipped=len(failed), closed=len(images.closed), held_out_groups=counts.pop("held_groups"),
+                 files=len(names), skipped=len(failed), closed=len(images.closed),
+                 held_out_groups=counts.pop("held_groups"),
                  groups_missed=bool(not named.all() and (len(held.groups) or counts["held_out_identical"])),
                  recipe=made_from, held_against=len(held.hashes), **counts)
 

@@ -56,7 +56,7 @@ FROM_FILE = ("arch", "pos", "patch_size", "num_register_tokens", "layerscale", "
 WORKER_GONE = (ConnectionResetError, ConnectionRefusedError, EOFError)  # instead of torch's own message
 CROP_SIZES = ("global_crops_size", "local_crops_size")
 # May differ between a run and its resumption. The data count by their digest, the batch by its total.
-PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir", "init"}  # kept out of last.pt: they can name patients
+PATHS = {"data", "exclude", "holdout", "group_regex", "output_dir", "init"}  # can name patients: not in last.pt
 NOT_RECIPE = PATHS | {*pack.OPTIONS, "num_workers", "log_every", "save_every", "reference_ops", "preset",
                       "batch_size_per_gpu", "accum_iter", "compile", "checkpoint_activations"}
 
@@ -65,7 +65,8 @@ def get_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with a GPU and --data, else cpu")
     first.add_argument("--data", nargs="+", help="folders, text or CSV lists, or a pack; without it phantom images")
-    first.add_argument("--init", metavar="FILE", help="go on from this backbone, with fresh heads; needed to resume, too")
+    first.add_argument("--init", metavar="FILE",
+                       help="go on from this backbone, with fresh heads; needed to resume, too")
     chosen, _ = first.parse_known_args(argv)
     preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
@@ -82,7 +83,8 @@ def get_args(argv=None):
     p.add_argument("--patch_size", type=int, default=16, help="pixels; crop sizes must be multiples of it")
     p.add_argument("--num_register_tokens", type=int, default=4, help="extra tokens without a position")
     p.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale; larger learns faster when small")
-    p.add_argument("--init_std", type=float, default=0.02, help="of linear layers; narrow networks start faster near width ** -0.5")
+    p.add_argument("--init_std", type=float, default=0.02,
+                   help="of linear layers; narrow networks start faster near width ** -0.5")
     p.add_argument("--drop_path_rate", type=float, default=0.3, help="share of images each student block skips")
     p.add_argument("--head_n_prototypes", type=int, default=65536, help="K; fewer for small data or small batches")
     p.add_argument("--head_hidden_dim", type=int, default=2048, help="width of the projection head")
@@ -97,37 +99,46 @@ def get_args(argv=None):
     p.add_argument("--flip", choices=("vertical", "horizontal", "none"), default="vertical",
                    help="of half the crops: vertical is UltraDINO's, horizontal is what turning a probe does")
     p.add_argument("--blur_compat", action=argparse.BooleanOptionalAction, default=True,
-                   help="blur crops as DINOv2's released code does (probabilities 0, 0.9, 0.5), not as written (1, 0.1, 0.5)")
+                   help="blur crops as DINOv2's released code does (probabilities 0, 0.9, 0.5), not as written "
+                        "(1, 0.1, 0.5)")
     p.add_argument("--mask_sample_probability", type=float, default=0.5, help="share of global crops that are masked")
-    p.add_argument("--mask_ratio_min_max", type=float, nargs=2, default=[0.1, 0.5], help="share of patches masked in them")
+    p.add_argument("--mask_ratio_min_max", type=float, nargs=2, default=[0.1, 0.5],
+                   help="share of patches masked in them")
     p.add_argument("--mask_tissue", **flag, help="masked patches that are black count in no iBOT loss or target")
     # losses
     p.add_argument("--centering", choices=("centering", "sinkhorn_knopp"), default="centering",
                    help="how teacher targets are balanced; sinkhorn_knopp is steadier with small batches")
     p.add_argument("--teacher_temp", type=float, default=0.07, help="sharpness of the targets after the warm-up")
     p.add_argument("--warmup_teacher_temp", type=float, default=0.04, help="the same at the start")
-    p.add_argument("--warmup_teacher_temp_fraction", type=float, default=0.3, help="length of that warm-up, share of the run")
+    p.add_argument("--warmup_teacher_temp_fraction", type=float, default=0.3,
+                   help="length of that warm-up, share of the run")
     p.add_argument("--dino_loss_weight", type=float, default=1.0, help="weight of the loss on class tokens")
     p.add_argument("--ibot_loss_weight", type=float, default=1.0, help="weight of the loss on masked patches")
     p.add_argument("--koleo_loss_weight", type=float, default=0.1, help="weight of the spreading loss")
     # optimisation
     p.add_argument("--total_samples", type=int, default=256_000_000, help="budget in images seen, over all GPUs")
     p.add_argument("--batch_size_per_gpu", type=int, default=128, help="images per GPU and micro-batch")
-    p.add_argument("--accum_iter", type=int, default=1, help="micro-batches per step; equals a larger batch, but for KoLeo")
-    p.add_argument("--base_lr", type=float, default=4e-3, help="learning rate at a batch of 1024; scales as its square root")
+    p.add_argument("--accum_iter", type=int, default=1,
+                   help="micro-batches per step; equals a larger batch, but for KoLeo")
+    p.add_argument("--base_lr", type=float, default=4e-3,
+                   help="learning rate at a batch of 1024; scales as its square root")
     p.add_argument("--warmup_fraction", type=float, default=0.1, help="learning-rate warm-up, share of the run")
     p.add_argument("--weight_decay", type=float, default=0.04, help="at the start")
     p.add_argument("--weight_decay_end", type=float, default=0.4, help="at the end")
     p.add_argument("--momentum_teacher", type=float, default=0.992, help="of the teacher's average; rises to 1")
-    p.add_argument("--layerwise_decay", type=float, default=0.9, help="learning-rate factor per block towards the input")
+    p.add_argument("--layerwise_decay", type=float, default=0.9,
+                   help="learning-rate factor per block towards the input")
     p.add_argument("--freeze_last_layer_fraction", type=float, default=0.01, help="prototypes wait, share of the run")
-    p.add_argument("--freeze_backbone_fraction", type=float, default=0.0, help="only heads learn, share of the run; for --init")
+    p.add_argument("--freeze_backbone_fraction", type=float, default=0.0,
+                   help="only heads learn, share of the run; for --init")
     p.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm, for backbone and heads apart")
     # the run
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
-    p.add_argument("--compile", **flag, help="torch.compile the blocks: fewer passes over memory, after minutes of compiling")
-    p.add_argument("--checkpoint_activations", **flag, help="compute each block twice instead of remembering it: less memory, slower")
+    p.add_argument("--compile", **flag,
+                   help="torch.compile the blocks: fewer passes over memory, after minutes of compiling")
+    p.add_argument("--checkpoint_activations", **flag,
+                   help="compute each block twice instead of remembering it: less memory, slower")
     p.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
     p.add_argument("--reference_ops", **flag, help="plain torch instead of the Triton kernels, to compare the two")
@@ -175,13 +186,14 @@ def check_crops(args, whose):
 
 def check_rescale(args):
     if args.pos == "learned" and args.rope_rescale != ROPE_RESCALE:
-        raise ValueError(f"--rope_rescale {args.rope_rescale} is for --pos rope, positions here are learned: leave it out")
+        raise ValueError(f"--rope_rescale {args.rope_rescale} is for --pos rope, positions here are learned: leave it "
+                         f"out")
 
 
 # ---------------------------------------------------------------- networks
 
 def open_init(args, mean=None, std=None):
-    """weights.grey_backbone of --init; sets the arguments that the file decides, and in info["config"] the run's own."""
+    """weights.grey_backbone of --init; sets the arguments that the file decides, in info["config"] the run's own."""
     backbone, info = grey_backbone(args.init, mean, std)
     plain = dict(mlp_ratio=4.0, ffn_layer="mlp")  # where nothing else is said
     named = [name for name, size in SIZES.items() if {**plain, **size}.items() <= {**plain, **info["config"]}.items()]
@@ -296,7 +308,8 @@ def schedules(args, steps, batch):
 
 def open_data(args):
     """The pack to train on, made first, once, if --data is a folder or a list or absent."""
-    folder = os.path.join(args.output_dir, os.path.basename(os.path.abspath(args.data[0] if args.data else "phantoms")) + ".pack")
+    name = os.path.basename(os.path.abspath(args.data[0])) if args.data else "phantoms"
+    folder = os.path.join(args.output_dir, f"{name}.pack")
     if not args.data:
         return pack.open_phantoms(folder, PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED, runtime.is_first_on_machine())
     return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), **pack.options(args))
@@ -327,8 +340,8 @@ def show_start(args, network, start, data, steps, batch, schedule, device, world
     runtime.show_run(args, device, world_size)
     if start:
         kept = ", ".join(f"{name} {getattr(args, name)}" for name in {**INIT["ultradino"], **INIT["cpu"]})
-        print(f"from {start[1]['family']}: {args.arch}, patch {args.patch_size}, sha256 {start[1]['digest'][:12]}, with "
-              f"fresh heads; what keeps them from undoing it: {kept}")
+        print(f"from {start[1]['family']}: {args.arch}, patch {args.patch_size}, sha256 {start[1]['digest'][:12]}, "
+              f"with fresh heads; what keeps them from undoing it: {kept}")
     print(f"{kernels.mode(device)} | {args.arch}: {sum(p.numel() for p in network.backbone.parameters()):,} parameters "
           f"in the backbone | {len(data):,} images, {data.info['groups']:,} groups by {data.info['grouped_by']} | "
           f"mean {data.mean:.4f} std {data.std:.4f}")

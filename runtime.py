@@ -66,8 +66,8 @@ def clear_errors():
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         raise SystemExit(2)
     if "RANK" in os.environ:
-        # [2026-11-23] torch 2.13, gloo: one run in 30 ended in "terminate called without an active exception": a thread of
-        # the process group was still at work while the interpreter was taken down
+        # [2026-11-23] torch 2.13, gloo: one run in 30 ended in "terminate called without an active exception": a thread
+        # of the process group was still at work while the interpreter was taken down
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -82,7 +82,8 @@ def stop_on_signals():
             raise KeyboardInterrupt
         received.append(number)
         # os.write, since print may be interrupted inside another print
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step, then leaving (again: at once)\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving after this step, then leaving (again: at once)\n".encode())
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
@@ -107,8 +108,8 @@ def git_commit():
 # ---------------------------------------------------------------- arguments
 
 def check_numbers(p, args, least, shares, positive):
-    """End with argparse's error where an argument is below its `least` {name: number}, a share is not from 0 to below 1,
-    or what must be positive is not; None, where no argument was given, is fine."""
+    """End with argparse's error where an argument is below its `least` {name: number}, a share is not from 0 to below
+    1, or what must be positive is not; None, where no argument was given, is fine."""
     for name, low in least.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) < float("inf"):
             p.error(f"--{name} must be at least {low}, not {getattr(args, name)}")

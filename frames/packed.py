@@ -40,7 +40,8 @@ class Pack:
                 self.info = dict(json.load(file))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: not a readable pack ({error}); make one with: python pack.py SRC {folder}")
-        if self.info.get("version") != PACK_VERSION or not {"images", "canvas", "mean", "std", "groups"} <= {*self.info}:
+        needed = {"images", "canvas", "mean", "std", "groups"}
+        if self.info.get("version") != PACK_VERSION or not needed <= {*self.info}:
             raise ValueError(f"{info_path}: pack version {self.info.get('version')}, this code reads version "
                              f"{PACK_VERSION}, whole; pack again with: python pack.py SRC OUT")
         self.folder, self.mean, self.std = folder, self.info["mean"], self.info["std"]
@@ -66,8 +67,8 @@ class Pack:
         return Pack, (self.folder,)
 
     def digests(self):
-        """What a checkpoint keeps of the images, for leakage.overlap: arrays and a salt. No names; groups only where they
-        are patients' or clips', not folders'."""
+        """What a checkpoint keeps of the images, for leakage.overlap: arrays and a salt. No names; groups only where
+        they are patients' or clips', not folders'."""
         seen = {"content": self.hashes, "looks": self.looks}
         if self.named.any():
             seen.update(group_digests=self.group_digests[self.named], salt=bytes.fromhex(self.info["salt"]))
@@ -192,7 +193,7 @@ ORDER, CROPS, MASKS, AUGMENT, MIX, SHOTS, TURNS = range(7)
 
 
 def philox(seed, step, stream, index=0):
-    """A generator that is a pure function of its arguments: no state is ever saved, and a resumed run draws the same."""
+    """A generator, a pure function of its arguments: no state is ever saved, and a resumed run draws the same."""
     return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, index, stream]))
 
 

@@ -110,8 +110,8 @@ def find_copies(data):
     counts["names"] = [data.names[i] for i in data.test[copied]]
     if not copied.any():
         return {**counts, "sentence": "No test image was a copy or a look-alike of one in train or validation."}
-    return {**counts, "sentence": f"{count(int(copied.sum()), 'test image')} ({counts['identical']:,} by pixels, the others by "
-            f"look) also lay in train or validation, in another group."}
+    return {**counts, "sentence": f"{count(int(copied.sum()), 'test image')} ({counts['identical']:,} by "
+            f"pixels, the others by look) also lay in train or validation, in another group."}
 
 
 def files_of(infos, data):
@@ -266,8 +266,8 @@ def latex(found, methods, script, warning=""):
         tests = ["--" if scores[score]["p"] is None else escape(p_value(scores[score]["p (Holm)"])) for score in order]
         lines += [r"\hline", " & ".join([escape(f"{first} minus {name}"), *cells]) + r" \\",
                   " & ".join([r"\quad p after Holm", *tests]) + r" \\"]
-    caption = (f"{warning}Test set of {count(found['images'], 'image')} of {count(found['groups'], 'group')}: mean over runs "
-               f"+- standard deviation over runs [95 % interval over groups]. {few_groups(found)}"
+    caption = (f"{warning}Test set of {count(found['images'], 'image')} of {count(found['groups'], 'group')}: mean "
+               f"over runs +- standard deviation over runs [95 % interval over groups]. {few_groups(found)}"
                f"{detectable_sentence(found)}")
     lines += [r"\hline", r"\end{tabular}", r"\caption{" + escape(caption).replace("+-", r"$\pm$") + "}", r"\end{table}",
               "", escape(methods), ""]
@@ -280,8 +280,8 @@ def detectable_sentence(found):
     parts = [f"{name} {scores[primary]['detectable']:.3f}" for name, scores in found["differences"].items()
              if scores[primary]["detectable"] is not None]
     if parts:
-        return (f"Smallest difference in {primary} that a two-sided 5 % test, before any correction, finds with 80 % power: "
-                + ", ".join(parts) + ".")
+        return (f"Smallest difference in {primary} that a two-sided 5 % test, before any correction, finds with 80 % "
+                "power: " + ", ".join(parts) + ".")
     name, model = next(iter(found["models"].items()))
     error = model["standard error"][primary]
     return f"Standard error of the {primary} of {name} over groups: {'unknown' if error is None else f'{error:.3f}'}."
@@ -294,13 +294,13 @@ def few_groups(found):
         return "The test set is one group: nothing can be said of others, there is no interval and no test. "
     if G >= FEW_GROUPS:
         return ""
-    return (f"Only {G} test groups: of so few, bootstrap intervals are too narrow, and the smallest p of a sign-flip test is "
-            f"{2 / 2 ** G:.2g}. ")
+    return (f"Only {G} test groups: of so few, bootstrap intervals are too narrow, and the smallest p of a sign-flip "
+            f"test is {2 / 2 ** G:.2g}. ")
 
 
-STATISTICS = (f"Intervals are 95 % percentile intervals of a cluster bootstrap over test groups ({REPLICATES:,} replicates, "
-              f"the same groups for all models). Differences were tested by two-sided sign-flip tests over groups (up to "
-              f"{FLIPS:,} flips), with Holm's correction over the comparisons, for each score apart.")
+STATISTICS = (f"Intervals are 95 % percentile intervals of a cluster bootstrap over test groups ({REPLICATES:,} "
+              f"replicates, the same groups for all models). Differences were tested by two-sided sign-flip tests over "
+              f"groups (up to {FLIPS:,} flips), with Holm's correction over the comparisons, for each score apart.")
 
 
 def counts_line(data):
@@ -311,8 +311,8 @@ def counts_line(data):
 # ---------------------------------------------------------------- files
 
 def write_split(path, columns, data):
-    """CSV of these columns, {name: values (n,)}, and the part of each image, for whoever wants to train another model on
-    the same parts. Another split that is there is kept under another name."""
+    """CSV of these columns, {name: values (n,)}, and the part of each image, for whoever wants to train another model
+    on the same parts. Another split that is there is kept under another name."""
     parts = {i: part for part in ("train", "val", "test") for i in getattr(data, part)}
     with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)

@@ -136,8 +136,8 @@ def main(args):
     print(f"{args.arch}: {backbone:,} parameters in the backbone, {heads:,} in the heads")
     print(f"{flops / images / 1e9:.1f} GFLOP per image, forward and backward of student, forward of teacher, drop path "
           f"{args.drop_path_rate} left out")
-    print(f"predicted peak memory {peak / 2 ** 30:.1f} GiB per process at batch_size_per_gpu {images}, {args.dtype}; keep a "
-          f"tenth more free for the allocator and the libraries")
+    print(f"predicted peak memory {peak / 2 ** 30:.1f} GiB per process at batch_size_per_gpu {images}, {args.dtype}; "
+          f"keep a tenth more free for the allocator and the libraries")
     print(f"measuring on {device} ({kernels.mode(device)}), without the data loader ...", flush=True)
     rate = measure(args, device, start)
     print(f"measured {rate:.1f} images/s, {rate * flops / images / 1e12:.2f} TFLOP/s")
@@ -147,8 +147,9 @@ def main(args):
         batch = images * args.accum_iter * processes
         hours = args.total_samples / (rate * processes) / 3600
         end = datetime.now() + timedelta(hours=hours)
-        print(f"{processes} x {device.type}: {max(1, round(args.total_samples / batch)):,} steps of {batch}, {hours:,.1f} h"
-              f"{' if no time is lost between them' if processes > 1 else ''}, until {end:%Y-%m-%d %H:%M}")
+        print(f"{processes} x {device.type}: {max(1, round(args.total_samples / batch)):,} steps of {batch}, "
+              f"{hours:,.1f} h{' if no time is lost between them' if processes > 1 else ''}, until "
+              f"{end:%Y-%m-%d %H:%M}")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ class Classifier(nn.Module):
 def build(backbone, n_classes, seed, layer_decay, device):
     """(network, flat buffers of parameters and gradients, AdamW) for a fresh head on `backbone`.
 
-    A layer decay of 1, for what starts from scratch, means one rate for all; else the patch embedding has a fifth of its
-    layer's, as in DINOv2.
+    A layer decay of 1, for what starts from scratch, means one rate for all; else the patch embedding has a fifth of
+    its layer's, as in DINOv2.
     """
     torch.manual_seed(seed)
     network = Classifier(backbone, n_classes).to(device).train()
