@@ -2,11 +2,14 @@
 # make test: the quick suite; make test_slow: demo, flag-less runs, kill series, README commands
 PYTHON = .venv/bin/python
 
-.PHONY: demo test test_slow
+.PHONY: demo lint test test_slow
 demo: .venv/installed
 	mkdir -p demo
 	$(PYTHON) pretrain.py --output_dir demo
 	$(PYTHON) fewshot.py --ckpt demo/last.pt --shots 1 5 --img_size 64 --json demo/fewshot.json
+
+lint: .venv/installed_test
+	$(PYTHON) -m ruff check .
 
 test: .venv/installed_test
 	$(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder

@@ -39,8 +39,8 @@ from .common import LOG2E, at_least_float32, check_matrix, launch, takes_kernel,
 def tiles(kernel, dtype, D, N, rope):
     """BLOCK_M rows a program owns, BLOCK_N rows a step of its walk."""
     # Chosen by compiling (Triton 3.7) for compute capability 8.0 to 12.0: nothing spills, and 99 KB of shared memory
-    # suffice. Half precision, on tensor cores: 16 rows a warp. More rows share each key read from L2; but 64 rows hold a
-    # whole local crop, the backward's gradients fill the registers, and turned tiles pass through registers, so they
+    # suffice. Half precision, on tensor cores: 16 rows a warp. More rows share each key read from L2; but 64 rows hold
+    # a whole local crop, the backward's gradients fill the registers, and turned tiles pass through registers, so they
     # cannot be fetched ahead (num_stages). float32 stays off tensor cores ("ieee": as exact as the reference), is
     # slow, and has room for smaller tiles.
     if dtype == torch.float32:

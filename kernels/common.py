@@ -71,7 +71,7 @@ def at_least_float32(x):
 
 
 def slices(x, group=1):
-    """Which rows of a matrix (rows, K) a reference takes at a time, whole groups: few on a CPU, for its cache; else all."""
+    """Which rows of a matrix (rows, K) a reference takes at a time, whole groups: few on a CPU, for its cache."""
     step = 2 ** 20 // max(x.shape[1], 1) // group * group if x.device.type == "cpu" else len(x)
     step = max(step, group)
     return [slice(first, first + step) for first in range(0, max(len(x), 1), step)]

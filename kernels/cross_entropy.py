@@ -16,8 +16,8 @@ out   loss (items * S,) float32 (the reference keeps float64) and the gradient t
       in it before it is rounded.
 
 Bytes, for R rows of b bytes with one teacher row each: 4RKb, of which the L2 cache may answer one, the second read of
-s (a program has 256 KB of it at K = 65,536 in float16, and few large programs run at a time). Plain torch writes a float32 (rows, K) matrix for every operation, more than ten, and keeps two of them,
-targets and log-softmax, for backward.
+s (a program has 256 KB of it at K = 65,536 in float16, and few large programs run at a time). Plain torch writes a
+float32 (rows, K) matrix for every operation, more than ten, and keeps two, targets and log-softmax, for backward.
 Source: the losses of DINO (arXiv 2104.14294, equation 1) and iBOT (arXiv 2111.07832); the sum as in arXiv 1805.02867.
 """
 import torch

@@ -27,8 +27,8 @@ KEPT_BYTES = 2 ** 30  # teacher logits up to this size are kept between the pass
 
 
 def precision(x, dtype):
-    """dtypes of logits and of their gradients. Logits of unit vectors lie in -1..1, times weight_g, which starts at 1; near
-    ties decide the top prototype: float16 has three more bits there than bfloat16, whose range small gradients need."""
+    """dtypes of logits and of their gradients. Logits of unit vectors lie in -1..1, times weight_g, which starts at 1;
+    near ties decide the top prototype: float16 has three more bits there than bfloat16, whose range gradients need."""
     return (torch.float16, dtype) if dtype == torch.bfloat16 else 2 * (torch.promote_types(x.dtype, dtype),)
 
 

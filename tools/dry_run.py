@@ -111,6 +111,7 @@ def measure(args, device, start=None):
     images = args.batch_size_per_gpu if device.type == "cuda" else min(args.batch_size_per_gpu, CPU_IMAGES)
     student, teacher = pretrain.build_networks(args, device, start)
     state, batch, steps = pretrain.build_state(student, teacher, args), noise_batch(args, images), -1
+    since = time.monotonic()
     while steps < 1 or time.monotonic() - since < MEASURED_SECONDS:
         step(student, teacher, state, batch, args, device)
         if device.type == "cuda":

@@ -100,7 +100,7 @@ def try_mutant(folder, test_file, tests):
     import kernels
     assert kernels.__file__.startswith(folder)
     arguments = ["-x", "-q", "-k", tests + " and not reference", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    os._exit(pytest.main([str(KERNELS.parent / "tests" / test_file), *arguments]) != 0)
+    os._exit(pytest.main([str(Path(__file__).parent / test_file), *arguments]) != 0)
 
 
 if __name__ == "__main__":
