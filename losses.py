@@ -37,17 +37,12 @@ class Prototypes(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP to a unit-length bottleneck, then K prototypes: (rows, in_dim) -> logits (rows, K)."""
+    """MLP of three layers to a unit-length bottleneck, then K prototypes: (rows, in_dim) -> logits (rows, K)."""
 
-    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, init_std=0.02):
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, init_std=0.02):
         super().__init__()
-        if nlayers == 1:
-            self.mlp = nn.Linear(in_dim, bottleneck_dim)
-        else:
-            layers = [nn.Linear(in_dim, hidden_dim), nn.GELU()]
-            for _ in range(nlayers - 2):
-                layers += [nn.Linear(hidden_dim, hidden_dim), nn.GELU()]
-            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, bottleneck_dim))
         init_linear(self.mlp, init_std)
         self.last_layer = Prototypes(bottleneck_dim, out_dim)
 

@@ -363,9 +363,8 @@ class VisionTransformer(nn.Module):
                             "masks": mask})
         return outputs
 
-    def forward(self, x, masks=None, is_training=False):
-        features = self.forward_features(x, masks)
-        return features if is_training else features["x_norm_clstoken"]  # (B, C)
+    def forward(self, x, masks=None):
+        return self.forward_features(x, masks)["x_norm_clstoken"]  # (B, C)
 
     def draw_drop_path(self, shapes, rng):
         """Which images of each group (B, N) every residual branch keeps: a list of 2 * depth entries, or None. The

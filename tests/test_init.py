@@ -34,7 +34,7 @@ def save(path, config, seed=0, **more):
         torch.save(model.state_dict(), path)
     else:
         teacher = {f"backbone.{key}": value for key, value in model.state_dict().items()}
-        teacher.update({f"dino_head.{key}": value for key, value in DINOHead(32, 32, 3, 16, 8).state_dict().items()})
+        teacher.update({f"dino_head.{key}": value for key, value in DINOHead(32, 32, 16, 8).state_dict().items()})
         torch.save({"teacher": teacher, "config": config, "mean": 0.3, "std": 0.2, **more}, path)
     return model.eval()
 
