@@ -131,7 +131,7 @@ def open_output(folder, data, identity):
     if data and os.path.join(os.path.realpath(folder), "").startswith(os.path.join(os.path.realpath(data), "")):
         raise ValueError(f"--output_dir {folder} is in --data {data}: its masks would be taken for images the next "
                          f"time; choose a folder elsewhere")
-    path = os.path.join(folder, "segment.json")  # folders that segment.py began, this script's first name, go on
+    path = os.path.join(folder, "segment.json")  # its name of old: folders of masks begun by segment.py go on
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             theirs = json.load(file)
