@@ -307,7 +307,7 @@ def decode_all(paths, canvas, crop_fan, salt, workers=None):
         work = functools.partial(decode_chunk, paths[start:end], frame, canvas, crop_fan, salt)
         if not pool:
             return start, end, work
-        with without_script():  # the first call starts all processes
+        with without_script():  # the first call starts processes, in Python 3.10 later ones too
             future = pool.submit(work)
         ours.update(set(multiprocessing.active_children()) - others)  # at once: a dead one is not among them any more
         return start, end, functools.partial(wait, future)
