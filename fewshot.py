@@ -229,7 +229,7 @@ def fine_tuned(file, canvases, labels, groups, support, query, seed, args, devic
     rows, K, stats = support.flatten(), len(support), (file.info["mean"], file.info["std"])
     recipe = argparse.Namespace(**RECIPE, dtype="bfloat16" if device.type == "cuda" else "float32")
     decay = 1.0 if file.info["digest"] is None else args.layer_decay  # nothing below is worth keeping
-    network, buffers, optimizer = classifier.build(copy.deepcopy(file.backbone), K, seed, decay, device)
+    network, gradients, optimizer = classifier.build(copy.deepcopy(file.backbone), K, seed, decay, device)
     batch = min(FINETUNE_BATCH, len(rows))
     rates = cosine_schedule(args.lr, 0.0, args.finetune_steps, args.finetune_steps // 10)
     drawn = classifier.batches(groups[rows], seed, range(args.finetune_steps), batch)
@@ -237,7 +237,7 @@ def fine_tuned(file, canvases, labels, groups, support, query, seed, args, devic
         own = rows[indices]  # (batch,)
         x, targets = classifier.make_batch(canvases[own], labels[own], slice(0, batch), seed, step, batch, K, recipe,
                                            stats, device)
-        loss = classifier.train_step(network, buffers, optimizer, x, targets, batch, lr, recipe)
+        loss = classifier.train_step(network, gradients, optimizer, x, targets, batch, lr, recipe)
     if not loss.isfinite():
         raise ValueError(f"{file.info['path']}: fine-tuning's loss is not finite; a lower --lr?")
     predictions = np.full(len(labels), -1)

@@ -16,24 +16,20 @@ import hashlib
 import os
 import shlex
 import sys
-import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import runtime
 from frames import phantom
 from frames.images import Frame, read_image
-from kernels import all_reduce
 from labelled.labels import LabelledSet, read_labelled
 from labelled.splits import check_splits, split_groups
 from labelled.store import Images
 from model import SIZES
 from networks.baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models,
-                                named_files, open_backbone, own_size)
-from networks.weights import merge_seen
+                                files_and_seeds, named_files, open_backbone, open_runs, own_size)
+from networks.weights import trained_weights
 from scores.exchange import read_features, read_predictions
 from scores.plots import confusion_png
 from scores.report import (STATISTICS, by_column, by_table, check_output, class_table, compare, count, counts_line,
@@ -172,111 +168,83 @@ def fine_tune(backbone, info, data, args, seed, path, device, rank, world_size, 
     """One run of full fine-tuning: (probabilities of the test images (n, K), epoch and validation score), or None if
     it was stopped. `path` keeps its state, and at last its best epoch's weights."""
     canvases = data.images.at(own_size(args.img_size, backbone))
-    stats, K, is_main = (info["mean"], info["std"]), len(data.classes), rank == 0
+    stats, K, batch = (info["mean"], info["std"]), len(data.classes), args.batch_size
     labels, groups = data.labels[data.train], data.groups[data.train]
-    batch, per_epoch = args.batch_size, len(data.train) // args.batch_size
+    per_epoch = len(data.train) // batch
     steps = args.epochs * per_epoch
     decay = 1.0 if info["digest"] is None else args.layer_decay  # nothing below is worth keeping
-    network, buffers, optimizer = classifier.build(backbone, K, seed, decay, device)
+    network, gradients, optimizer = classifier.build(backbone, K, seed, decay, device)
     rates = classifier.learning_rates(args, steps, per_epoch)
 
-    # ---- resume ----
-    identity = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
-    identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
-                    layer_decay=decay, images=digest_of(data, canvases))
-    saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
-    best, start = {"validation macro F1": -1.0, "epoch": 0, "state": None}, 0
-    if saved and "scores" in saved:
-        return saved["scores"].numpy(), saved["best"]
-    if saved:
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        best, start = saved["best"], saved["step"]
+    def predict(part):
+        return classifier.predict(network, canvases[part], stats, args.eval_batch_size, device, args.dtype, rank,
+                                  world_size)
 
-    def save(step, **more):
-        if is_main:
-            runtime.save_checkpoint(path, {"step": step, "identity": identity, "best": best, **more})
+    # ---- resume ----
+    identity = runtime.run_identity(args, NOT_RECIPE, info, seed=seed, layer_decay=decay,
+                                    images=digest_of(data, canvases))
+    run = runtime.open_run(path, identity, network, optimizer, {"validation macro F1": -1.0, "epoch": 0}, device,
+                           rank == 0)
+    if "scores" in run.saved:
+        return run.saved["scores"].numpy(), run.best
 
     # ---- loop ----
     own = classifier.share(batch, rank, world_size)
-    total, since = torch.tensor(saved["total"] if saved else 0.0, device=device), time.monotonic()
-    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
-    todo = range(start, steps)
-    for step, indices in zip(todo, classifier.batches(groups, seed, todo, batch)):
-        indices = indices[own]
+    drawn = classifier.batches(groups, seed, range(run.step, steps), batch)
+    for step in runtime.training_steps(run, network, optimizer, steps, per_epoch, args.save_every * per_epoch,
+                                       received):
+        indices = next(drawn)[own]
         x, targets = classifier.make_batch(canvases[data.train[indices]], labels[indices], own, seed, step, batch, K,
                                            args, stats, device)
         drops = classifier.draw_drops(backbone, len(x), x.shape[-1], seed, step, rank)
-        total += classifier.train_step(network, buffers, optimizer, x, targets, batch, rates[step], args, drops)
-        bar.update()
-        done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
-        if (stop or done % per_epoch == 0) and not total.isfinite():  # nothing that is not finite is ever saved
-            raise ValueError(f"{info['path']}, epoch {1 + step // per_epoch}: the loss is not finite; a lower --lr?")
-        if done % per_epoch == 0:
-            val = classifier.predict(network, canvases[data.val], stats, args.eval_batch_size, device, args.dtype, rank,
-                                     world_size)
-            f1, epoch = float(validation_f1(val, data.labels[data.val])), done // per_epoch
-            loss = total.item() / per_epoch
-            if f1 > best["validation macro F1"]:
-                best = {"validation macro F1": f1, "epoch": epoch, "state": runtime.cpu_copy(network.state_dict())}
-            if is_main:
-                record = {"step": done, "epoch": epoch, "loss": loss, "validation macro F1": f1,
-                          "lr": float(rates[step])}
-                runtime.log_line(log_path, bar, record, (
-                    f"epoch {epoch}/{args.epochs} | loss {loss:.3f} | validation macro F1 {f1:.3f}, best "
-                    f"{best['validation macro F1']:.3f} | {time.monotonic() - since:.0f} s"))
-            total.zero_()
-        if stop or done % (args.save_every * per_epoch) == 0:
-            save(done, total=total.item(), network=runtime.cpu_copy(network.state_dict()),
-                 optimizer=optimizer.state_dict())
-        if stop:
-            bar.close()
-            return None
-    bar.close()
+        loss = classifier.train_step(network, gradients, optimizer, x, targets, batch, rates[step], args, drops)
+        runtime.add_loss(run, loss)
+        if run.validates:
+            f1 = float(validation_f1(predict(data.val), data.labels[data.val]))
+            run.found = {"validation macro F1": f1, "epoch": 1 + step // per_epoch}
+            run.record = {**run.found, "lr": float(rates[step])}
+    if run.stopped:
+        return None
 
     # ---- test, once, with the best epoch's weights ----
-    network.load_state_dict(best.pop("state"))
-    scores = classifier.predict(network, canvases[data.test], stats, args.eval_batch_size, device, args.dtype, rank,
-                                world_size)
-    state = runtime.cpu_copy(network.state_dict())
-    seen = {kind: torch.from_numpy(getattr(data.images, kind)[data.train]) for kind in ("content", "looks")}
-    if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
-        seen = info["seen"] and merge_seen(seen, info["seen"])
-    save(steps, scores=scores, classes=data.classes, config=info["config"], mean=info["mean"], std=info["std"],
-         teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
-         head={key: value for key, value in state.items() if key.startswith("head.")}, seen=seen)
-    return scores.numpy(), best
+    network.load_state_dict(run.best.pop("state"))
+    scores = predict(data.test)
+    runtime.save_run(run, scores=scores, classes=data.classes,
+                     **trained_weights(network, info, data.images, data.train))
+    return scores.numpy(), run.best
 
 
-def run_models(models, like, data, args, device, rank, world_size, received):
+def fine_tune_models(models, like, data, args, device, rank, world_size, received):
     """Every row of --ckpt: ({name: scores (runs, n, K)}, {name: [what was chosen, per run]}, {name: [info of each file,
     and the side of the images it was fed with]}); stopped early by a signal it returns None."""
     scores, chosen, infos = {}, {}, {}
+    for start in open_runs(models, like, args, rank == 0, args.drop_path_rate):
+        path = os.path.join(args.output_dir, f"{start.name}.pt")
+        found = fine_tune(start.backbone, start.info, data, args, start.seed, path, device, rank, world_size, received)
+        if found is None:
+            return None
+        scores.setdefault(start.model, []).append(found[0])
+        chosen.setdefault(start.model, []).append(found[1])
+        fed = own_size(args.img_size, start.backbone)
+        infos.setdefault(start.model, {})[start.file] = {**start.info, "fed": fed}
+    return ({name: np.stack(runs).astype(np.float64) for name, runs in scores.items()}, chosen,
+            {name: list(files.values()) for name, files in infos.items()})
+
+
+def probe_models(models, like, data, args, device):
+    """The same by frozen features. Of random initialisation there is a network per seed."""
+    scores, chosen, infos = {}, {}, {}
     for model in models:
         runs, how, infos[model.name] = [], [], []
-        for number, path in enumerate(model.paths):
-            seeds = range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds)  # each run its own
-            if args.linear or args.knn:
-                for seed in seeds if path is None else seeds[:1]:  # random initialisation: a network per seed
-                    backbone, info = open_backbone(path, like, args.arch, seed)
-                    canvases = data.images.at(own_size(args.img_size, backbone))
-                    features = cached_features(backbone.to(device), info, canvases, args.eval_batch_size, device,
-                                               args.cache)
-                    found, settings = probe(features, data, args, [seed] if path is None else seeds, device)
-                    runs, how = [*runs, *found], [*how, *settings]
-                infos[model.name].append({**info, "fed": canvases.shape[1]})
-                continue
-            for seed in seeds:
-                backbone, info = open_backbone(path, like, args.arch, seed, args.drop_path_rate)
-                name = slug(model.name) + f"-{number}" * (len(model.paths) > 1) + f"-seed{seed}.pt"
-                if rank == 0:
-                    print(f"{model.name}: {info['path']} ({info['family']}), seed {seed}", flush=True)
-                found = fine_tune(backbone, info, data, args, seed, os.path.join(args.output_dir, name), device, rank,
-                                  world_size, received)
-                if found is None:
-                    return None
-                runs, how = [*runs, found[0]], [*how, found[1]]
-            infos[model.name].append({**info, "fed": own_size(args.img_size, backbone)})
+        for _, path, seeds in files_and_seeds(model, args):
+            for own in [[seed] for seed in seeds] if path is None else [seeds]:
+                backbone, info = open_backbone(path, like, args.arch, own[0])
+                canvases = data.images.at(own_size(args.img_size, backbone))
+                features = cached_features(backbone.to(device), info, canvases, args.eval_batch_size, device,
+                                           args.cache)
+                found, settings = probe(features, data, args, own, device)
+                runs, how = [*runs, *found], [*how, *settings]
+            infos[model.name].append({**info, "fed": canvases.shape[1]})
         scores[model.name], chosen[model.name] = np.stack(runs).astype(np.float64), how
     return scores, chosen, infos
 
@@ -326,6 +294,9 @@ def main(args):
         return  # frozen features are quick: one process makes them
     args.ckpt = args.ckpt or default_models()
     models = list_models(args.ckpt, "random init" if frozen else "from scratch")
+    if timm := [path for model in models for path in model.paths if str(path).startswith("timm:")]:
+        if args.drop_path_rate and not frozen:
+            raise ValueError(f"{timm[0]}: --drop_path_rate is not for timm's networks")
     foreign = named_files(args.features), named_files(args.predictions)
     names = [model.name for model in models] + [name for files in foreign for name, _ in files]
     check_names([slug(name) for name in names])  # what their files are called
@@ -355,13 +326,9 @@ def main(args):
         write_split(os.path.join(args.output_dir, "split.csv"), columns, data)
 
     # ---- models ----
-    found = run_models(models, like, data, args, device, rank, world_size, received)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    if found is None and rank == 0:
-        print("stopped before the end: the same command goes on")
-    if rank > 0 or found is None:
+    found = (probe_models(models, like, data, args, device) if frozen
+             else fine_tune_models(models, like, data, args, device, rank, world_size, received))
+    if not runtime.goes_on(rank, found is None):
         return
     scores, chosen, infos = found
     rows = {name: (value, True) for name, value in scores.items()}

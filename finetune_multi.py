@@ -12,20 +12,17 @@ once on the test groups; the runs of one folder make one table of what training 
 import argparse
 import json
 import os
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import runtime
-from kernels import all_reduce
 from labelled import task_sets
 from labelled.fmc_uia import GROUPS_FILE
 from model import SIZES
-from networks.baselines import DEFAULT_SIZE, common_network, full_layerscale, list_models, open_backbone
-from networks.weights import merge_seen
+from networks.baselines import DEFAULT_SIZE, common_network, full_layerscale, list_models, open_runs
+from networks.weights import trained_weights
 from runtime import cosine_schedule
 from scores.challenge import challenge_scores, leaderboard, sound_scores, table
 from scores.multi_report import Truth, compare_paradigms, methods_sentences, table_of_paradigms
@@ -147,7 +144,7 @@ def networks(paradigm, tasks, clinical):
 def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, world_size, received):
     """One run: (values of the tasks' test images, best step and scores, gate shares), or None if it was stopped. `path`
     keeps its state, and at last its best step's weights."""
-    canvases, is_main = data.images.at(args.img_size), rank == 0
+    canvases = data.images.at(args.img_size)
     stats, batch, rounds = (info["mean"], info["std"]), args.batch_size, args.iters
     tasks, per = [data.tasks[number] for number in numbers], [data.per[number] for number in numbers]
     how = dict(experts=args.experts, blocks=args.moe_blocks, top_k=args.top_k, task_dim=args.task_dim,
@@ -160,74 +157,42 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     turns = many_tasks.whose_turn(len(tasks), rounds, seed)
 
     # ---- resume ----
-    identity = {key: value for key, value in vars(rates).items() if key not in NOT_RECIPE}
-    identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
-                    images=task_sets.digest_of(data, numbers, canvases), tasks=[list(task) for task in tasks])
-    saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
-    best, start = {"normalised": -np.inf, "step": 0, "scores": {}, "state": None}, 0
-    if saved and "values" in saved:
-        return saved["values"], saved["best"], saved["gates"]
+    identity = runtime.run_identity(rates, NOT_RECIPE, info, seed=seed, tasks=[list(task) for task in tasks],
+                                    images=task_sets.digest_of(data, numbers, canvases))
+    worst = {"normalised": -np.inf, "step": 0, "scores": {}}
+    run = runtime.open_run(path, identity, network, optimizer, worst, device, rank == 0, [task.name for task in tasks])
+    if "values" in run.saved:
+        return run.saved["values"], run.best, run.saved["gates"]
     guesses = {number: many_tasks.guessed_score(data.tasks[number], data.per[number], data) for number in numbers}
-    if saved:
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        best, start = saved["best"], saved["step"]
-
-    def save(step, **more):
-        if is_main:
-            runtime.save_checkpoint(path, {"step": step, "identity": identity, "best": best, **more})
 
     # ---- loop ----
     own = slice(batch * rank // world_size, batch * (rank + 1) // world_size)
-    taken = np.bincount(turns[:start], minlength=len(tasks))  # turns that each task has had
-    sources = [batches(data.units[part.images[part.train]], seed, range(first, rounds), batch)
-               for part, first in zip(per, taken)]
-    losses = torch.tensor(saved["losses"] if saved else [0.0] * len(tasks), device=device)
-    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
-    since = time.monotonic()
-    for step in range(start, steps):
+    taken = np.bincount(turns[:run.step], minlength=len(tasks))  # turns that each task has had
+    drawn = [batches(data.units[part.images[part.train]], seed, range(first, rounds), batch)
+             for part, first in zip(per, taken)]
+    for step in runtime.training_steps(run, network, optimizer, steps, args.val_every * len(tasks),
+                                       args.save_every * len(tasks), received):
         turn = turns[step]
         task, part = tasks[turn], per[turn]
-        rows = part.train[next(sources[turn])[own]]
+        rows = part.train[next(drawn[turn])[own]]
         x, target = task_sets.make_batch(task, part, canvases, rows, own, seed, taken[turn], batch, args, stats,
                                          device)
         rescale = many_tasks.draw_scales(network, args.rope_rescale, seed, step, rank)
-        losses[turn] += many_tasks.train_step(network, gradients, optimizer, turn, x, target, batch,
-                                              share_of_rate[step], rates, rescale)
+        loss = many_tasks.train_step(network, gradients, optimizer, turn, x, target, batch, share_of_rate[step], rates,
+                                     rescale)
+        runtime.add_loss(run, loss, turn)
         taken[turn] += 1
-        bar.update()
-        done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
-        validates = done % (args.val_every * len(tasks)) == 0 or done == steps
-        saves = stop or done == steps or done % (args.save_every * len(tasks)) == 0
-        if (saves or validates) and not losses.isfinite().all():  # nothing that is not finite is ever saved
-            raise ValueError(f"{path}, step {done}: the loss of "
-                             f"{', '.join(tasks[i].name for i in np.flatnonzero(~losses.isfinite().cpu()))} is not "
-                             f"finite; a lower --lr?")
-        if validates:
+        if run.validates:
             scores, found, gates = many_tasks.validate(network, numbers, data, canvases, guesses, stats, args, device,
                                                        rank, world_size)
-            if found > best["normalised"]:
-                best = {"normalised": found, "step": done, "scores": scores,
-                        "state": runtime.cpu_copy(network.state_dict())}
-            if is_main:
-                turns_since = ((done // len(tasks) - 1) % args.val_every) + 1
-                each = {task.name: loss / turns_since for task, loss in zip(tasks, losses.tolist())}
-                record = {"step": done, "losses": each, "validation": scores, "normalised": found, "gates": gates,
+            run.found = {"normalised": found, "step": step + 1, "scores": scores}
+            run.record = {"validation": scores, "normalised": found, "gates": gates,
                           "lr": float(share_of_rate[step] * args.lr)}
-                runtime.log_line(log_path, bar, record, (
-                    f"step {done}/{steps} | loss {np.mean(list(each.values())):.3f} | validation, normalised "
-                    f"{found:.3f}, best {best['normalised']:.3f} | {time.monotonic() - since:.0f} s"))
-            losses.zero_()
-        if saves:
-            save(done, losses=losses.tolist(), network=runtime.cpu_copy(network.state_dict()),
-                 optimizer=optimizer.state_dict())
-        if stop:
-            bar.close()
-            return None
-    bar.close()
+    if run.stopped:
+        return None
 
     # ---- test, once, with the best step's weights ----
-    network.load_state_dict(best.pop("state"))
+    network.load_state_dict(run.best.pop("state"))
     network.eval()
     values, gates = {}, {}
     for position, (task, part) in enumerate(zip(tasks, per)):
@@ -236,41 +201,34 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
         values[task.name] = {name: torch.from_numpy(value) for name, value in found.items()}
         if shares is not None:
             gates[task.name] = torch.from_numpy(shares)
-    state = runtime.cpu_copy(network.state_dict())
     used = np.unique(np.concatenate([part.images[part.train] for part in per]))
-    seen = {kind: torch.from_numpy(getattr(data.images, kind)[used]) for kind in ("content", "looks")}
-    if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
-        seen = info["seen"] and merge_seen(seen, info["seen"])
-    save(steps, values=values, gates=gates, tasks=[list(task) for task in tasks], network_of=how, config=info["config"],
-         mean=info["mean"], std=info["std"], img_size=args.img_size, seen=seen,
-         teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
-         head={key: value for key, value in state.items() if not key.startswith("backbone.")})
+    runtime.save_run(run, values=values, gates=gates, tasks=[list(task) for task in tasks], network_of=how,
+                     img_size=args.img_size, **trained_weights(network, info, data.images, used))
     if dist.is_initialized():
         dist.barrier()  # another paradigm may ask for this very run
-    return values, best, gates
+    return values, run.best, gates
 
 
 def run_paradigm(paradigm, model, like, data, args, device, rank, world_size, received):
     """Every network of a paradigm, every seed: ({task: [values of each run]}, {network: [what was chosen]}, {network:
     gate shares of the first run}, info of the backbone); stopped by a signal: None."""
-    values, chosen, gates, info = {task.name: [] for task in data.tasks}, {}, {}, None
+    values, chosen, gates = {task.name: [] for task in data.tasks}, {}, {}
     for name, numbers in networks(paradigm, data.tasks, data.clinical).items():
-        for seed in range(args.seed, args.seed + args.seeds):
-            backbone, info = open_backbone(model.paths[0], like, args.arch, seed, pos="rope")
-            if model.paths[0] is None:
-                full_layerscale(backbone)
-            if rank == 0:
-                print(f"{name}: {count(len(numbers), 'task')}, from {info['path']} ({info['family']}), seed {seed}",
-                      flush=True)
-            path = os.path.join(args.output_dir, f"{name}-seed{seed}.pt")
-            found = fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, world_size, received)
+        if rank == 0:
+            print(f"{name}: {count(len(numbers), 'task')}", flush=True)
+        for start in open_runs([model], like, args, rank == 0, pos="rope"):
+            if start.info["digest"] is None:
+                full_layerscale(start.backbone)
+            path = os.path.join(args.output_dir, f"{name}-seed{start.seed}.pt")
+            found = fine_tune(start.backbone, start.info, data, numbers, args, start.seed, path, device, rank,
+                              world_size, received)
             if found is None:
                 return None
             for task, own in found[0].items():
                 values[task].append({key: value.numpy() for key, value in own.items()})
             chosen.setdefault(name, []).append(found[1])
             gates.setdefault(name, {task: shares.tolist() for task, shares in found[2].items()})
-    return values, chosen, gates, info
+    return values, chosen, gates, start.info
 
 
 # ---------------------------------------------------------------- what is said about it
@@ -418,13 +376,7 @@ def main(args):
         found[paradigm] = run_paradigm(paradigm, model, like, data, args, device, rank, world_size, received)
         if found[paradigm] is None:
             break
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    stopped = None in found.values()
-    if stopped and rank == 0:
-        print("stopped before the end: the same command goes on")
-    if rank > 0 or stopped:
+    if not runtime.goes_on(rank, None in found.values()):
         return
 
     # ---- report ----

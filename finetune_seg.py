@@ -14,21 +14,18 @@ import argparse
 import os
 import shlex
 import sys
-import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 import runtime
 from kernels import all_reduce
 from labelled.mask_sets import PHANTOM_SIZE, class_shares, digest_of, draw_shots, open_data
 from model import SIZES
 from networks.baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models,
-                                full_layerscale, list_models, named_files, open_backbone)
-from networks.weights import merge_seen
+                                full_layerscale, list_models, named_files, open_runs)
+from networks.weights import trained_weights
 from scores.exchange import read_predicted_masks
 from scores.mask_report import circumference_table, compare_masks, mask_class_table
 from scores.plots import best_median_worst, overlay_png
@@ -129,82 +126,49 @@ def check_args(p, args):
 def fine_tune(backbone, info, data, args, seed, path, folder, device, rank, world_size, received):
     """One run: (scores of the test images, best step and validation score), or None if it was stopped. `path` keeps its
     state, and at last its best step's weights; `folder` the test images' masks."""
-    canvases, is_main = data.images.at(args.img_size), rank == 0
+    canvases = data.images.at(args.img_size)
     stats, K, steps, batch = (info["mean"], info["std"]), len(data.classes), args.iters, args.batch_size
     decay = 1.0 if info["digest"] is None else args.layer_decay  # nothing below is worth keeping
     how = dict(name=args.decoder, channels=args.channels, norm=args.decoder_norm)
-    network, buffers, optimizer = segmenter.build(backbone, how, class_shares(data), args.frozen, seed, decay, device)
+    network, gradients, optimizer = segmenter.build(backbone, how, class_shares(data), args.frozen, seed, decay, device)
     rates = segmenter.learning_rates(args.lr, steps, args.warmup_iters)
 
     # ---- resume ----
-    identity = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
-    identity.update(seed=seed, start=info["digest"], config=info["config"], mean=info["mean"], std=info["std"],
-                    layer_decay=decay, drop_path_rate=backbone.drop_path_rate, images=digest_of(data, canvases))
-    saved = runtime.resume(path, log_path := path[:-3] + ".jsonl", identity, is_main)
-    best, start = {"validation Dice": -1.0, "step": 0, "state": None}, 0
-    if saved and "scores" in saved:
+    identity = runtime.run_identity(args, NOT_RECIPE, info, seed=seed, layer_decay=decay,
+                                    drop_path_rate=backbone.drop_path_rate, images=digest_of(data, canvases))
+    run = runtime.open_run(path, identity, network, optimizer, {"validation Dice": -1.0, "step": 0}, device, rank == 0)
+    if "scores" in run.saved:
         there = all(os.path.exists(mask_path(folder, data.names[i])) for i in data.test)
         there = all_reduce(torch.tensor(float(there), device=device)).item() == world_size  # one answer for all
-        if there and saved["scored"] == digest_of_scores(data, args.tolerance):
-            return saved["scores"], saved["best"]
-        best, start = {**saved["best"], "state": {**saved["teacher"], **saved["head"]}}, steps  # predict once more
-    elif saved:
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        best, start = saved["best"], saved["step"]
-
-    def save(step, **more):
-        if is_main:
-            runtime.save_checkpoint(path, {"step": step, "identity": identity, "best": best, **more})
+        if there and run.saved["scored"] == digest_of_scores(data, args.tolerance):
+            return run.saved["scores"], run.best
+        run.best["state"] = {**run.saved["teacher"], **run.saved["head"]}  # predict once more
 
     # ---- loop ----
     own = slice(batch * rank // world_size, batch * (rank + 1) // world_size)
-    total, since = torch.tensor(saved.get("total", 0.0) if saved else 0.0, device=device), time.monotonic()
-    bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
-    todo = range(start, steps)
-    for step, indices in zip(todo, segmenter.batches(data.groups[data.train], seed, todo, batch)):
-        indices = data.train[indices[own]]
+    drawn = segmenter.batches(data.groups[data.train], seed, range(run.step, steps), batch)
+    for step in runtime.training_steps(run, network, optimizer, steps, args.val_every, args.save_every, received):
+        indices = data.train[next(drawn)[own]]
         x, masks = segmenter.make_batch(canvases[indices], data.masks[indices], own, seed, step, batch, args, stats,
                                         device)
         drops, keep = segmenter.draw_drops(network, len(x), args.img_size, seed, step, rank)
-        total += segmenter.train_step(network, buffers, optimizer, x, masks, batch, rates[step], args, drops, keep)
-        bar.update()
-        done, stop = step + 1, all_reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
-        validates, saves = done % args.val_every == 0 or done == steps, stop or done % args.save_every == 0
-        if (saves or validates) and not total.isfinite():  # nothing that is not finite is ever saved
-            raise ValueError(f"{info['path']}, step {done}: the loss is not finite; a lower --lr?")
-        if validates:
+        loss = segmenter.train_step(network, gradients, optimizer, x, masks, batch, rates[step], args, drops, keep)
+        runtime.add_loss(run, loss)
+        if run.validates:
             found = segmenter.validate(network, canvases, data.masks, data.val, K, stats, args.eval_batch_size, device,
                                        args.dtype, rank, world_size)
-            loss = total.item() / ((done - 1) % args.val_every + 1)
-            if found > best["validation Dice"]:
-                best = {"validation Dice": found, "step": done, "state": runtime.cpu_copy(network.state_dict())}
-            if is_main:
-                record = {"step": done, "loss": loss, "validation Dice": found, "lr": float(rates[step])}
-                runtime.log_line(log_path, bar, record, (
-                    f"step {done}/{steps} | loss {loss:.3f} | validation Dice {found:.3f}, best "
-                    f"{best['validation Dice']:.3f} | {time.monotonic() - since:.0f} s"))
-            total.zero_()
-        if saves:
-            save(done, total=total.item(), network=runtime.cpu_copy(network.state_dict()),
-                 optimizer=optimizer.state_dict())
-        if stop:
-            bar.close()
-            return None
-    bar.close()
+            run.found = {"validation Dice": found, "step": step + 1}
+            run.record = {**run.found, "lr": float(rates[step])}
+    if run.stopped:
+        return None
 
     # ---- test, once, with the best step's weights ----
-    network.load_state_dict(best.pop("state"))
+    network.load_state_dict(run.best.pop("state"))
     scores = score_network(network, data, canvases, stats, args, folder, device, rank, world_size)
-    state = runtime.cpu_copy(network.state_dict())
-    seen = {kind: torch.from_numpy(getattr(data.images, kind)[data.train]) for kind in ("content", "looks")}
-    if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
-        seen = info["seen"] and merge_seen(seen, info["seen"])
-    save(steps, scores=scores, classes=data.classes, decoder=how, config=info["config"], mean=info["mean"],
-         std=info["std"], img_size=args.img_size, seen=seen, scored=digest_of_scores(data, args.tolerance),
-         teacher={key: value for key, value in state.items() if key.startswith("backbone.")},
-         head={key: value for key, value in state.items() if key.startswith("decoder.")})
-    return scores, best
+    runtime.save_run(run, scores=scores, classes=data.classes, decoder=how, img_size=args.img_size,
+                     scored=digest_of_scores(data, args.tolerance),
+                     **trained_weights(network, info, data.images, data.train))
+    return scores, run.best
 
 
 def run_models(models, like, data, draws, args, device, rank, world_size, received):
@@ -214,33 +178,22 @@ def run_models(models, like, data, draws, args, device, rank, world_size, receiv
     draws: {split seed, or None: train images}.
     """
     scores, chosen, infos, folders = {}, {}, {}, {}
-    for model in models:
-        runs, how, infos[model.name], folders[model.name] = [], [], [], None
-        for number, path in enumerate(model.paths):
-            seeds = range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds)  # each file's own
-            for split, train in draws.items():
-                for seed in seeds:
-                    rate = 0.0 if args.frozen or str(path).startswith("timm:") else args.drop_path_rate
-                    backbone, info = open_backbone(path, like, args.arch, seed, rate)
-                    backbone.drop_path_uniform = False
-                    if path is None:  # from scratch the paper's segmenters begin with whole blocks
-                        full_layerscale(backbone)
-                    name = (slug(model.name) + f"-{number}" * (len(model.paths) > 1)
-                            + f"-split{split}" * (split is not None) + f"-seed{seed}")
-                    folder = os.path.join(args.output_dir, "masks", name)
-                    folders[model.name] = folders[model.name] or folder
-                    if rank == 0:
-                        print(f"{model.name}: {info['path']} ({info['family']}), seed {seed}"
-                              + (f", split seed {split}" if split is not None else ""), flush=True)
-                    path_of_run = os.path.join(args.output_dir, f"{name}.pt")
-                    found = fine_tune(backbone, info, data._replace(train=train), args, seed, path_of_run, folder,
-                                      device, rank, world_size, received)
-                    if found is None:
-                        return None
-                    runs, how = [*runs, found[0]], [*how, found[1]]
-            infos[model.name].append({**info, "fed": args.img_size})
-        scores[model.name], chosen[model.name] = stack(runs), how
-    return scores, chosen, infos, folders
+    rate = 0.0 if args.frozen else args.drop_path_rate
+    for start in open_runs(models, like, args, rank == 0, rate, draws=draws):
+        start.backbone.drop_path_uniform = False
+        if start.info["digest"] is None:  # from scratch the paper's segmenters begin with whole blocks
+            full_layerscale(start.backbone)
+        folder = os.path.join(args.output_dir, "masks", start.name)
+        found = fine_tune(start.backbone, start.info, data._replace(train=draws[start.draw]), args, start.seed,
+                          os.path.join(args.output_dir, f"{start.name}.pt"), folder, device, rank, world_size, received)
+        if found is None:
+            return None
+        scores.setdefault(start.model, []).append(found[0])
+        chosen.setdefault(start.model, []).append(found[1])
+        infos.setdefault(start.model, {})[start.file] = {**start.info, "fed": args.img_size}
+        folders.setdefault(start.model, folder)
+    return ({name: stack(runs) for name, runs in scores.items()}, chosen,
+            {name: list(files.values()) for name, files in infos.items()}, folders)
 
 
 # ---------------------------------------------------------------- what is said about it
@@ -347,12 +300,7 @@ def main(args):
 
     # ---- models ----
     found = run_models(models, like, data, draws, args, device, rank, world_size, received)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    if found is None and rank == 0:
-        print("stopped before the end: the same command goes on")
-    if rank > 0 or found is None:
+    if not runtime.goes_on(rank, found is None):
         return
     rows, chosen, infos, folders = found
     rows.update({name: stack([score_files(read, data, args) for read in runs]) for name, runs in theirs.items()})

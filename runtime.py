@@ -1,6 +1,7 @@
 """Plumbing that every stage needs and no reader wants twice: processes, signals, checkpoints, schedules, the log."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -16,6 +17,9 @@ import zipfile
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+from kernels import all_reduce
 
 PATCH_EMBED_LR_MULT = 0.2  # DINOv2's, on top of the layer-wise decay
 
@@ -94,6 +98,21 @@ def ignore_signals(_worker=0):
     """For data workers: Ctrl-C reaches the whole terminal, but only the main process decides when to leave."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def goes_on(rank, stopped):
+    """Leave the process group; whether this process goes on to the report: the first one, of runs that have ended."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if stopped and rank == 0:
+        print("stopped before the end: the same command goes on")
+    return rank == 0 and not stopped
+
+
+def autocast(device, dtype):
+    """Matrix products in `dtype`, "bfloat16" or "float32"."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def git_commit():
@@ -192,6 +211,106 @@ def rename_aside(path):
         number += 1
     os.rename(path, f"{stem}.old-{number}{extension}")
     return f"{stem}.old-{number}{extension}"
+
+
+# ---------------------------------------------------------------- a run that can be stopped and goes on
+
+@dataclasses.dataclass
+class Run:
+    """How far a fine-tuning run is: `training_steps` counts, saves and logs, a stage's loop fills in the rest."""
+    path: str  # of its checkpoint; the log is beside it, .jsonl
+    identity: dict  # what makes a run this one
+    is_main: bool  # whether this process writes
+    parts: list  # names of the losses that the log keeps apart, [""] of a single one
+    best: dict  # the largest score of validation so far (first), what else is said of it, "state": those weights
+    losses: torch.Tensor  # (parts,) sums since the last validation
+    saved: dict  # the checkpoint that it goes on from, {} at the beginning
+    step: int = 0  # steps done
+    validates: bool = False  # whether the step being done ends with a validation
+    found: dict = None  # that validation: the score first, then what else `best` is to tell
+    record: dict = None  # what the log keeps of it
+    stopped: bool = False  # by a signal, in any process
+
+    @property
+    def log_path(self):
+        return self.path[:-len(".pt")] + ".jsonl"
+
+
+def run_identity(args, not_recipe, info, **more):
+    """What must be equal for a run to go on: the recipe, the weights that it starts from, and `more`."""
+    recipe = {key: value for key, value in vars(args).items() if key not in not_recipe}
+    return {**recipe, "start": info["digest"], "config": info["config"], "mean": info["mean"], "std": info["std"],
+            **more}
+
+
+def open_run(path, identity, network, optimizer, worst, device, is_main, parts=("",)):
+    """The Run of `path`; where its file holds an unfinished one, network and optimizer go on from there.
+
+    worst: a `best` below any validation. A finished run's file has no optimizer: what it has is in `saved`.
+    """
+    best, losses = {**worst, "state": None}, torch.zeros(len(parts), device=device)
+    run = Run(path, identity, is_main, list(parts), best, losses, {})
+    if saved := resume(path, run.log_path, identity, is_main):
+        run.saved, run.best, run.step = saved, saved["best"], saved["step"]
+        if "optimizer" in saved:
+            network.load_state_dict(saved["network"])
+            optimizer.load_state_dict(saved["optimizer"])
+            run.losses.copy_(torch.tensor(saved["losses"]))
+    return run
+
+
+def training_steps(run, network, optimizer, steps, val_every, save_every, received):
+    """Yield the number of each step that is left; the loop's body does the step and gives its loss to `add_loss`.
+
+    Where run.validates, the body also fills in run.found and run.record. After it the best weights are kept and a line
+    is logged; the run is saved every `save_every` steps, at the end, and when `received` holds a signal.
+    """
+    since = time.monotonic()
+    with tqdm(total=steps, initial=run.step, unit="step", disable=None if run.is_main else True,
+              dynamic_ncols=True) as bar:
+        while run.step < steps and not run.stopped:
+            done = run.step + 1
+            run.validates = done % val_every == 0 or done == steps
+            yield run.step
+            run.step = done
+            bar.update()
+            run.stopped = all_reduce(torch.tensor(float(bool(received)), device=run.losses.device)).item() > 0
+            if run.validates:
+                score = next(iter(run.found))
+                if run.found[score] > run.best[score]:
+                    run.best = {**run.found, "state": cpu_copy(network.state_dict())}
+                if run.is_main:
+                    turns = ((done - 1) % val_every + 1) // len(run.parts)  # of each part since the last validation
+                    losses = {part: loss / turns for part, loss in zip(run.parts, run.losses.tolist())}
+                    kept = {"losses": losses} if run.parts != [""] else {"loss": losses[""]}
+                    log_line(run.log_path, bar, {"step": done, **kept, **run.record}, (
+                        f"step {done}/{steps} | loss {np.mean(list(losses.values())):.3f} | {score} "
+                        f"{run.found[score]:.3f}, best {run.best[score]:.3f} | {time.monotonic() - since:.0f} s"))
+                run.losses.zero_()
+            if run.stopped or done == steps or done % save_every == 0:
+                check_finite(run, done)
+                save_run(run, losses=run.losses.tolist(), network=cpu_copy(network.state_dict()),
+                         optimizer=optimizer.state_dict())
+
+
+def add_loss(run, loss, part=0):
+    """Count a step's loss, of one of the run's parts; before a validation all must be finite."""
+    run.losses[part] += loss
+    if run.validates:
+        check_finite(run, run.step + 1)
+
+
+def check_finite(run, step):
+    """Nothing that is not finite is ever saved, or chosen."""
+    if not run.losses.isfinite().all():
+        parts = [part for part, loss in zip(run.parts, run.losses.tolist()) if not np.isfinite(loss)]
+        of = f" of {', '.join(parts)}" if parts != [""] else ""
+        raise ValueError(f"{run.path}, step {step}: the loss{of} is not finite; a lower --lr?")
+
+
+def save_run(run, **content):
+    if run.is_main:
+        save_checkpoint(run.path, {"step": run.step, "identity": run.identity, "best": run.best, **content})
 
 
 # ---------------------------------------------------------------- parameters and tensors

@@ -1,6 +1,7 @@
 """The rows of a comparison: what --ckpt, --features and --predictions name, and networks at random initialisation."""
 
 import collections
+import itertools
 import os
 import re
 
@@ -8,9 +9,12 @@ import torch
 
 from model import DINOV3, SIZES, VisionTransformer
 from networks.weights import ULTRADINO_MEAN_STD, grey_backbone
+from scores.report import slug
 
 # name: in tables; paths: of the files whose weights it starts from, several being pretraining seeds, [None] for `none`
 Model = collections.namedtuple("Model", "name paths")
+# a run to be done: its Model's name, the number of its file there, how its own files are called, what it draws with
+Start = collections.namedtuple("Start", "model file name seed draw backbone info")
 DEFAULT_SIZE = 224  # of images, where no file of pretrain.py tells
 
 
@@ -95,12 +99,11 @@ def common_network(models, img_size, default=DEFAULT_SIZE):
 
 def open_backbone(path, like, arch, seed, drop_path_rate=0.0, pos="learned"):
     """(backbone that takes one channel, its info, with its path). path None: at random initialisation, with the
-    network and normalisation of `like`, else `arch` with UltraDINO's; pos="rope": made as DINOv3's."""
+    network and normalisation of `like`, else `arch` with UltraDINO's; pos="rope": made as DINOv3's. timm's networks
+    skip nothing, whatever the drop_path_rate."""
     if path is not None:
         backbone, info = grey_backbone(path)
-        if drop_path_rate and not isinstance(backbone, VisionTransformer):
-            raise ValueError(f"{path}: --drop_path_rate is not for timm's networks")
-        backbone.drop_path_rate = drop_path_rate
+        backbone.drop_path_rate = drop_path_rate if isinstance(backbone, VisionTransformer) else 0.0
         return backbone, {**info, "path": path}
     patch_size = 8 if arch == "vit_micro" else 16  # as pretrain.py's: small networks are for small images
     config = dict(SIZES[arch], img_size=DEFAULT_SIZE, patch_size=patch_size, num_register_tokens=4)
@@ -113,6 +116,26 @@ def open_backbone(path, like, arch, seed, drop_path_rate=0.0, pos="learned"):
     torch.manual_seed(seed)
     return VisionTransformer(**config).eval(), dict(config=config, mean=mean, std=std, img_size=config["img_size"],
                                                     seen=None, digest=None, family="random", path="none")
+
+
+def files_and_seeds(model, args):
+    """Yield (number, file, seeds) of each file of a model: --seeds of them, and no seed serves two files."""
+    for number, path in enumerate(model.paths):
+        yield number, path, range(args.seed + number * args.seeds, args.seed + (number + 1) * args.seeds)
+
+
+def open_runs(models, like, args, is_main, drop_path_rate=0.0, pos="learned", draws=(None,)):
+    """Yield a Start for each run of a comparison, files x draws (of train images) x seeds, with a fresh backbone."""
+    for model in models:
+        for number, path, seeds in files_and_seeds(model, args):
+            for draw, seed in itertools.product(draws, seeds):
+                backbone, info = open_backbone(path, like, args.arch, seed, drop_path_rate, pos)
+                parts = [slug(model.name), *[str(number)] * (len(model.paths) > 1),
+                         *[f"split{draw}"] * (draw is not None), f"seed{seed}"]
+                if is_main:
+                    print(f"{model.name}: {info['path']} ({info['family']}), seed {seed}"
+                          + (f", split seed {draw}" if draw is not None else ""), flush=True)
+                yield Start(model.name, number, "-".join(parts), seed, draw, backbone, info)
 
 
 def full_layerscale(backbone):

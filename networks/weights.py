@@ -15,7 +15,7 @@ from torch import nn
 
 from model import VisionTransformer, position_matrix
 from networks.families import JOIN, TimmBackbone, backbone_tensors, check_config, convert, refuse
-from runtime import load_checkpoint
+from runtime import cpu_copy, load_checkpoint
 
 ULTRADINO_MEAN_STD = (0.1842924807, 0.2187705424)  # of FUS13M, what UltraDINO's files were trained with (its code)
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -185,6 +185,20 @@ def grey_backbone(path, mean=None, std=None):
 
 
 # ---------------------------------------------------------------- what a network has been trained on
+
+def trained_weights(network, info, images, rows):
+    """What the file of a finished run holds for whoever starts from it or predicts with it: tensors and plain values.
+
+    network has a backbone, whose info is given; it was trained on `rows` of `images` (store.Images).
+    """
+    seen = {kind: torch.from_numpy(getattr(images, kind)[rows]) for kind in ("content", "looks")}
+    if info["digest"] is not None:  # what a file does not tell of its images cannot be told of these weights
+        seen = info["seen"] and merge_seen(seen, info["seen"])
+    state = cpu_copy(network.state_dict())
+    return {"teacher": {key: value for key, value in state.items() if key.startswith("backbone.")},
+            "head": {key: value for key, value in state.items() if not key.startswith("backbone.")},
+            "config": info["config"], "mean": info["mean"], "std": info["std"], "seen": seen}
+
 
 def merge_seen(seen, before):
     """Digests of images, as leakage.overlap takes them, with those of an earlier training (None: nothing is known of

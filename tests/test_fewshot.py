@@ -186,10 +186,10 @@ def test_all_models_have_the_same_budget_and_batches(monkeypatch):
     seeds, build = [], fewshot.classifier.build
     monkeypatch.setattr(fewshot.classifier, "build", lambda *given: seeds.append(given[2]) or build(*given))
 
-    def record(network, buffers, optimizer, x, targets, batch, lr, recipe):
+    def record(network, gradients, optimizer, x, targets, batch, lr, recipe):
         rates = sorted({group["lr_multiplier"] for group in optimizer.param_groups})
         seen.setdefault(tuple(rates), []).append((x.clone(), targets.clone(), batch, lr))
-        return step(network, buffers, optimizer, x, targets, batch, lr, recipe)
+        return step(network, gradients, optimizer, x, targets, batch, lr, recipe)
 
     monkeypatch.setattr(fewshot.classifier, "train_step", record)
     vectors = torch.randn(24, 1, 3)

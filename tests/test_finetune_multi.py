@@ -51,7 +51,7 @@ def test_what_is_printed(finished):
     assert lines[first] == ("fmc: 72 images of 36 groups (by group column); no image or group is in two parts")
     assert lines[first + 2].startswith("  fetal_head: segmentation, train 24, validation 12, test 12 images; mir")
     assert lines[first + 1].startswith("  FUGC: regression, ") and lines[first + 1].endswith("mirrored: no")
-    for words in ("all: 4 tasks, from a.pt (pretrain.py), seed 0", "step 8/16 | loss ", "| validation, normalised ",
+    for words in ("all: 4 tasks\na: a.pt (pretrain.py), seed 0\n", "step 8/16 | loss ", "| validation, normalised ",
                   "clinical: test scores, mean of 1 run", "gain over task [95 %]", "all tasks: mean normalised score",
                   "a.pt: cannot tell whether test images were in the pretraining set",
                   "No test image was a copy or a look-alike of one in train or validation."):
@@ -366,7 +366,7 @@ def test_patients_that_pretraining_has_seen_are_told(folder):
 def test_what_pretraining_left_in_the_folder_is_where_it_starts(folder):
     (folder / "a.pt").rename(folder / "last.pt")
     output, _ = run(folder, *DATA, *QUICK, "--iters", 1)
-    assert "all: 4 tasks, from last.pt (pretrain.py), seed 0" in output
+    assert "all: 4 tasks\nlast: last.pt (pretrain.py), seed 0\n" in output
     assert checkpoint(folder / "multi" / "all-seed0.pt")["identity"]["start"] is not None
 
 

@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, save_every):
     save_backbone(tmp_path / "a.pt")
     flags = (*WITH, "--lr", "1e30", "--decoder_norm", "none", "--iters", 6, "--val_every", 6, "--save_every",
              save_every)
-    with pytest.raises(ValueError, match=r"a.pt, step \d: the loss is not finite; a lower --lr"):
+    with pytest.raises(ValueError, match=r"seg/a-seed0.pt, step \d: the loss is not finite; a lower --lr"):
         run(tmp_path, *flags)
     for path in (tmp_path / "seg").glob("*.pt"):
         state = checkpoint(path)["network"]

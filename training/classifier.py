@@ -11,9 +11,8 @@ from torch import nn
 from frames.packed import AUGMENT, MIX, BatchRows, image_order, philox
 from kernels import all_reduce
 from labelled.augment import augment, draw_augment, draw_mix, mix, normalise_only, soft_targets
-from runtime import PATCH_EMBED_LR_MULT, cosine_schedule, flatten_parameters, parameter_groups
-
-ADAM_BETAS = (0.9, 0.999)
+from runtime import autocast, cosine_schedule
+from training.optimizer import build_optimizer, optimizer_step
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -67,17 +66,10 @@ class Classifier(nn.Module):
 
 
 def build(backbone, n_classes, seed, layer_decay, device):
-    """(network, flat buffers of parameters and gradients, AdamW) for a fresh head on `backbone`.
-
-    A layer decay of 1, for what starts from scratch, means one rate for all; else the patch embedding has a fifth of
-    its layer's, as in DINOv2.
-    """
+    """(network, flat gradients, AdamW) for a fresh head on `backbone`."""
     torch.manual_seed(seed)
     network = Classifier(backbone, n_classes).to(device).train()
-    buffers = flatten_parameters(network)
-    groups = parameter_groups(network, layer_decay, 1.0 if layer_decay == 1 else PATCH_EMBED_LR_MULT)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, fused=True)
-    return network, buffers, optimizer
+    return network, *build_optimizer(network, layer_decay)
 
 
 def learning_rates(args, steps, per_epoch):
@@ -114,21 +106,12 @@ def make_batch(canvases, labels, own, seed, step, batch, n_classes, args, stats,
     return mix(x, targets, draw_mix(philox(seed, step, MIX), x.shape[-1], args.mixup, args.cutmix))
 
 
-def train_step(network, buffers, optimizer, x, targets, batch, lr, args, drops=None):
+def train_step(network, gradients, optimizer, x, targets, batch, lr, args, drops=None):
     """One AdamW step; the loss, summed over processes: the mean over the `batch` images."""
-    for group in optimizer.param_groups:  # plain floats: a checkpoint takes no numbers of numpy's
-        group["lr"] = float(lr) * group["lr_multiplier"]
-        group["weight_decay"] = args.weight_decay * group["wd_multiplier"]
-    dtype = getattr(torch, args.dtype)
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(x.device, args.dtype):
         logits = network(x, drops)
     loss = -(targets * logits.log_softmax(1)).sum() / batch
-    loss.backward()
-    for _, grads in buffers:
-        all_reduce(grads)
-    optimizer.step()
-    for _, grads in buffers:
-        grads.zero_()
+    optimizer_step(optimizer, loss, gradients, lr, args.weight_decay)
     return all_reduce(loss.detach())
 
 
@@ -144,12 +127,12 @@ def draw_drops(backbone, images, side, seed, step, rank):
 def predict(network, canvases, stats, batch_size, device, dtype, rank=0, world_size=1):
     """uint8 (n, S, S) -> class probabilities (n, K) on the CPU; each process looks at its share."""
     network.eval()
-    dtype, own = getattr(torch, dtype), np.array_split(np.arange(len(canvases)), world_size)[rank]
+    own = np.array_split(np.arange(len(canvases)), world_size)[rank]
     out = torch.zeros(len(canvases), network.head.linear.out_features, device=device)
     for start in range(0, len(own), batch_size):
         part = own[start:start + batch_size]
         x = normalise_only(torch.from_numpy(canvases[part]).to(device), *stats)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             out[torch.from_numpy(part).to(device)] = network(x).float().softmax(1)
     network.train()
     return all_reduce(out).cpu()

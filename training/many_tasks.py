@@ -13,12 +13,12 @@ from labelled.task_sets import blind_guess, guessed_mask
 from model import draw_rescale
 from networks.heads import boxes_of, build_network, points_of, start_from_shares, task_loss
 from networks.moe import balance_loss, gate_shares
-from runtime import flatten_parameters, parameter_groups
+from runtime import autocast, flatten_parameters, parameter_groups
 from scores.challenge import mask_values, values_of
 from scores.metrics import confusion, dice, macro_f1, mask_counts, mean_ratio
 from scores.multi_report import normalised_score
 from training import segmenter
-from training.classifier import ADAM_BETAS
+from training.optimizer import adamw, optimizer_step
 
 
 # ---------------------------------------------------------------- network and optimizer
@@ -43,8 +43,8 @@ def build(backbone, tasks, shares, how, seed, device):
     pretrained = {*backbone.parameters()} - {*mixtures}
     groups = [{**group, "params": own, "is_backbone": where} for group in parameter_groups(network, 1.0, 1.0)
               for where in (True, False)
-              if (own := [p for p in group["params"] if p.requires_grad and (p in pretrained) == where])]
-    return network, gradients, torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, fused=True)
+              if (own := [p for p in group["params"] if (p in pretrained) == where])]
+    return network, gradients, adamw(groups)
 
 
 def whose_turn(n_tasks, rounds, seed):
@@ -74,24 +74,14 @@ def train_step(network, gradients, optimizer, number, x, target, batch, share, a
     for module, (_, pairs) in gradients.items():
         for p, grad in pairs:
             p.grad = grad if module in active else None
-    for group in optimizer.param_groups:  # plain floats: a checkpoint takes no numbers of numpy's
-        group["lr"] = float(share) * (args.backbone_lr if group["is_backbone"] else args.lr)
-        group["weight_decay"] = args.weight_decay * group["wd_multiplier"]
-    dtype = getattr(torch, args.dtype)
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(x.device, args.dtype):
         output, gates = network(x, number, rescale)
     loss = task_loss(network.tasks[number], output, target).sum() / batch
     total = loss
     if args.top_k and args.balance_weight and gates:
         total = loss + args.balance_weight * balance_loss(gates, args.top_k) * len(x) / batch
-    total.backward()
-    flat = [all_reduce(gradients[module][0]) for module in active]
-    norm = torch.stack([grads.norm() for grads in flat]).norm()
-    for grads in flat:
-        grads.mul_((args.clip_grad / (norm + 1e-6)).clamp(max=1))
-    optimizer.step()
-    for grads in flat:
-        grads.zero_()
+    optimizer_step(optimizer, total, [gradients[module][0] for module in active], float(share) * args.lr,
+                   args.weight_decay, float(share) * args.backbone_lr, args.clip_grad)
     return all_reduce(loss.detach())
 
 
@@ -100,9 +90,8 @@ def train_step(network, gradients, optimizer, number, x, target, batch, share, a
 @torch.no_grad()
 def predict(network, number, canvases, stats, device, dtype):
     """uint8 (b, S, S) -> (the head's output, float32, gate shares (L, E) or None)."""
-    dtype = getattr(torch, dtype)
     x = normalise_only(torch.from_numpy(canvases).to(device), *stats)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         output, gates = network(x, number)
     return output.float(), gate_shares(gates) if gates else None
 

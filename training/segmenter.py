@@ -19,10 +19,10 @@ from labelled.mask_codes import mask_name
 from model import VisionTransformer
 from networks.decoders import LEAST_SHARE, LinearDecoder, Segmenter, UPerNet
 from networks.weights import load_strict
-from runtime import PATCH_EMBED_LR_MULT, flatten_parameters, load_checkpoint, parameter_groups
+from runtime import autocast, load_checkpoint
 from scores.exchange import write_mask
 from scores.metrics import MASK_SCORES, dice, head_circumference, mask_scores
-from training.classifier import ADAM_BETAS
+from training.optimizer import build_optimizer, optimizer_step
 
 DICE_EPS = 1e-3  # mmseg's, for each of the two sums of squares
 FIRST_LR = 1e-6  # share of the learning rate that the warm-up starts from
@@ -38,22 +38,16 @@ def make_decoder(how, dim, n_classes):
 
 
 def build(backbone, how, shares, frozen, seed, layer_decay, device):
-    """(network, flat buffers of parameters and gradients, AdamW) for a fresh decoder on `backbone`.
+    """(network, flat gradients, AdamW) for a fresh decoder on `backbone`.
 
     shares (K,): of the train pixels, what each class has; the decoder starts from them (Lin et al. 2017, section 3.3).
     Else the first hundreds of steps only learn that most pixels are background, and switch features off for it.
-    A layer decay of 1, for what starts from scratch, means one rate for all; else the patch embedding has a fifth of
-    its layer's, as in DINOv2. A frozen backbone is in no group.
     """
     torch.manual_seed(seed)
     network = Segmenter(backbone, make_decoder(how, backbone.embed_dim, len(shares)), frozen).to(device).train()
     with torch.no_grad():
         network.decoder.classifier.bias.copy_(torch.from_numpy(np.log(np.maximum(shares, LEAST_SHARE))))
-    buffers = [pair for pair in flatten_parameters(network) if pair[1] is not None]
-    groups = parameter_groups(network, layer_decay, 1.0 if layer_decay == 1 else PATCH_EMBED_LR_MULT)
-    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=ADAM_BETAS, fused=True)
-    return network, buffers, optimizer
+    return network, *build_optimizer(network, layer_decay)
 
 
 def open_segmenter(path, device):
@@ -132,21 +126,12 @@ def draw_drops(network, images, side, seed, step, rank):
     return drops, keep
 
 
-def train_step(network, buffers, optimizer, x, masks, batch, lr, args, drops=None, keep=None):
+def train_step(network, gradients, optimizer, x, masks, batch, lr, args, drops=None, keep=None):
     """One AdamW step; the loss, summed over processes: the mean over the `batch` images."""
-    for group in optimizer.param_groups:  # plain floats: a checkpoint takes no numbers of numpy's
-        group["lr"] = float(lr) * group["lr_multiplier"]
-        group["weight_decay"] = args.weight_decay * group["wd_multiplier"]
-    dtype = getattr(torch, args.dtype)
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(x.device, args.dtype):
         logits = network(x, drops, keep)
     loss = segmentation_loss(logits.float(), masks, args.dice_weight).sum() / batch
-    loss.backward()
-    for _, grads in buffers:
-        all_reduce(grads)
-    optimizer.step()
-    for _, grads in buffers:
-        grads.zero_()
+    optimizer_step(optimizer, loss, gradients, lr, args.weight_decay)
     return all_reduce(loss.detach())
 
 
@@ -155,9 +140,8 @@ def train_step(network, buffers, optimizer, x, masks, batch, lr, args, drops=Non
 @torch.no_grad()
 def predict_logits(network, canvases, stats, device, dtype):
     """uint8 (b, S, S) -> float32 logits (b, K, S, S) on the device."""
-    dtype = getattr(torch, dtype)
     x = normalise_only(torch.from_numpy(canvases).to(device), *stats)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         return network(x).float()
 
 

@@ -13,8 +13,8 @@ from stage_tools import one_thread  # noqa: F401
 
 from labelled.augment import normalise_only
 from model import VisionTransformer
-from runtime import flatten_parameters, parameter_groups
 from training import classifier
+from training.optimizer import build_optimizer
 
 CONFIG = dict(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_register_tokens=1,
               init_values=0.5)
@@ -75,24 +75,24 @@ def test_head_is_float32_under_autocast():
 
 def test_loss_is_soft_cross_entropy():
     args = arguments()
-    net, buffers, optimizer = network()
+    net, gradients, optimizer = network()
     x, targets = batch_of(args)
     logits = net(x).detach()
     expected = 0.0
     for row, target in zip(logits.double().tolist(), targets.double().tolist()):
         log_sum = np.log(np.exp(row).sum())
         expected -= sum(t * (logit - log_sum) for t, logit in zip(target, row)) / len(logits)
-    loss = classifier.train_step(net, buffers, optimizer, x, targets, 8, 1e-3, args)
+    loss = classifier.train_step(net, gradients, optimizer, x, targets, 8, 1e-3, args)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
-    assert all((grads == 0).all() for _, grads in buffers)
+    assert all((grads == 0).all() for grads in gradients)
 
 
 def first_move(args, layer_decay, lr=1e-3):
     """How far AdamW's first step moves each parameter: without weight decay lr times its multiplier, wherever the
     gradient is well above eps."""
-    net, buffers, optimizer = network(layer_decay)
+    net, gradients, optimizer = network(layer_decay)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    classifier.train_step(net, buffers, optimizer, *batch_of(args), 8, lr, args)
+    classifier.train_step(net, gradients, optimizer, *batch_of(args), 8, lr, args)
     return before, {name: p.detach() - before[name] for name, p in net.named_parameters()}
 
 
@@ -152,16 +152,16 @@ def train(args, rank, world_size, batch, steps):
     """
     torch.manual_seed(7)
     net = classifier.Classifier(VisionTransformer(**CONFIG), K).double()
-    buffers, optimizer = flatten_parameters(net), torch.optim.AdamW(parameter_groups(net, 0.5), lr=0.0, fused=True)
+    gradients, optimizer = build_optimizer(net, 0.5)
     canvases, labels = images()
     rates = classifier.learning_rates(args, steps + 1, 2)[1:]
     first = []
-    optimizer.register_step_pre_hook(lambda *_: first.append([grads.clone() for _, grads in buffers]))
+    optimizer.register_step_pre_hook(lambda *_: first.append([grads.clone() for grads in gradients]))
     own, losses = classifier.share(batch, rank, world_size), []
     for step, rows in enumerate(classifier.batches(np.arange(len(labels)), 0, range(steps), batch)):
         rows = rows[own]
         x, targets = classifier.make_batch(canvases[rows], labels[rows], own, 0, step, batch, K, args, STATS, CPU)
-        losses.append(classifier.train_step(net, buffers, optimizer, x.double(), targets, batch, rates[step], args))
+        losses.append(classifier.train_step(net, gradients, optimizer, x.double(), targets, batch, rates[step], args))
     net.float()
     scores = classifier.predict(net, canvases[:7], STATS, 2, CPU, "float32", rank, world_size)
     return {"losses": torch.stack(losses), "gradients": torch.cat(first[0]), "scores": scores, **net.state_dict()}
@@ -291,10 +291,10 @@ def test_learning_rates():
 
 
 def test_predictions_do_not_depend_on_the_batch_and_change_nothing():
-    net, buffers, optimizer = network()
+    net, gradients, optimizer = network()
     canvases, _ = images(11)
     for step in range(3):  # running statistics of its own
-        classifier.train_step(net, buffers, optimizer, *batch_of(arguments(), step=step), 8, 1e-2, arguments())
+        classifier.train_step(net, gradients, optimizer, *batch_of(arguments(), step=step), 8, 1e-2, arguments())
     before = {key: value.clone() for key, value in net.state_dict().items()}
     whole, parts = (classifier.predict(net, canvases, STATS, size, CPU, "float32") for size in (64, 3))
     torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-6)

@@ -24,13 +24,13 @@ def overfit(images, masks, n_classes, norm, steps):
                                  num_register_tokens=1, init_values=1.0, init_std=0.125)
     how, stats = dict(name="upernet", channels=32, norm=norm), (images.mean() / 255, images.std() / 255)
     shares = np.bincount(masks.ravel(), minlength=n_classes) / masks.size
-    net, buffers, optimizer = segmenter.build(backbone, how, shares, False, 0, 1.0, CPU)
+    net, gradients, optimizer = segmenter.build(backbone, how, shares, False, 0, 1.0, CPU)
     args = argparse.Namespace(augment=False, weight_decay=0.01, dice_weight=1.0, dtype="float32")
     whole = slice(0, len(images))
     x, targets = segmenter.make_batch(images, masks, whole, 0, 0, len(images), args, stats, CPU)
     for step, lr in enumerate(segmenter.learning_rates(2e-3, steps, 20)):
         _, keep = segmenter.draw_drops(net, len(x), 64, 0, step, 0)
-        segmenter.train_step(net, buffers, optimizer, x, targets, len(x), lr, args, None, keep)
+        segmenter.train_step(net, gradients, optimizer, x, targets, len(x), lr, args, None, keep)
     return segmenter.validate(net, images, masks, np.arange(len(images)), n_classes, stats, len(x), CPU, "float32")
 
 

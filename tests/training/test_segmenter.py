@@ -202,12 +202,12 @@ def test_steps_and_seeds_differ():
 @pytest.mark.parametrize("how", [UPERNET, {**UPERNET, "norm": "none"}, {**UPERNET, "channels": None}, LINEAR], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_every_trained_parameter_is_in_one_group(how, frozen):
-    net, buffers, optimizer = network(how, frozen)
+    net, gradients, optimizer = network(how, frozen)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     expected = [id(p) for name, p in net.named_parameters() if name.startswith("decoder.") or not frozen]
     assert sorted(grouped) == sorted(expected) and len({*grouped}) == len(grouped)
     assert all(p.requires_grad for group in optimizer.param_groups for p in group["params"])
-    assert len(buffers) == 2 - frozen and sum(len(grads) for _, grads in buffers) == sum(
+    assert len(gradients) == 2 - frozen and sum(len(grads) for grads in gradients) == sum(
         p.numel() for p in net.parameters() if p.requires_grad)
     with torch.no_grad():
         assert net(torch.zeros(1, 1, CANVAS, CANVAS)).shape == (1, K, CANVAS, CANVAS)  # no class that is never trained
@@ -238,9 +238,9 @@ def test_a_fresh_decoder_says_how_often_classes_are(how):
 def first_move(args, layer_decay=0.5, lr=1e-3, how=UPERNET, **changes):
     """How far AdamW's first step moves each parameter: without weight decay lr times its multiplier, wherever the
     gradient is well above eps."""
-    net, buffers, optimizer = network(how, layer_decay=layer_decay, **changes)
+    net, gradients, optimizer = network(how, layer_decay=layer_decay, **changes)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    segmenter.train_step(net, buffers, optimizer, *batch_of(args), 8, lr, args)
+    segmenter.train_step(net, gradients, optimizer, *batch_of(args), 8, lr, args)
     return before, {name: p.detach() - before[name] for name, p in net.named_parameters()}
 
 
@@ -281,13 +281,13 @@ def test_weight_decay_is_of_weights_alone():
 @pytest.mark.parametrize("how", [UPERNET, LINEAR], ids=lambda how: how["name"])
 def test_a_frozen_backbone_stays_bit_equal(how):
     """Whatever drop path it was opened with, and all of its modules in eval mode."""
-    net, buffers, optimizer = network(how, frozen=True, drop_path_rate=0.5)
+    net, gradients, optimizer = network(how, frozen=True, drop_path_rate=0.5)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     drops, keep = segmenter.draw_drops(net, 8, CANVAS, 0, 0, 0)
     assert drops is None and (keep is None) == (how is LINEAR)
     args = arguments(weight_decay=0.5)
     for step in range(2):
-        segmenter.train_step(net, buffers, optimizer, *batch_of(args, step=step), 8, 0.1, args, drops, keep)
+        segmenter.train_step(net, gradients, optimizer, *batch_of(args, step=step), 8, 0.1, args, drops, keep)
     assert net.training and not any(module.training for module in net.backbone.modules())
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key]) == key.startswith("backbone."), key
@@ -296,14 +296,14 @@ def test_a_frozen_backbone_stays_bit_equal(how):
 
 def test_a_step_is_the_mean_loss_of_the_batch():
     args = arguments(dice_weight=0.7)
-    net, buffers, optimizer = network()
+    net, gradients, optimizer = network()
     x, masks = batch_of(args)
     with torch.no_grad():
         expected = np.mean(written_out(net(x).double(), masks, 0.7))
-    loss = segmenter.train_step(net, buffers, optimizer, x, masks, 8, 1e-3, args)
+    loss = segmenter.train_step(net, gradients, optimizer, x, masks, 8, 1e-3, args)
     assert loss.item() == pytest.approx(expected, abs=1e-5)
-    assert all((grads == 0).all() for _, grads in buffers)
-    part = segmenter.train_step(net, buffers, optimizer, x[:3], masks[:3], 8, 0.0, args).item()  # a rank's share
+    assert all((grads == 0).all() for grads in gradients)
+    part = segmenter.train_step(net, gradients, optimizer, x[:3], masks[:3], 8, 0.0, args).item()  # a rank's share
     with torch.no_grad():
         assert part == pytest.approx(np.sum(written_out(net(x[:3]).double(), masks[:3], 0.7)) / 8, abs=1e-5)
 
@@ -354,12 +354,12 @@ def test_without_drop_path_only_the_decoder_leaves_out():
 @pytest.mark.parametrize("side", [13, 20])
 def test_sides_that_are_no_multiple_of_the_patch_train(side):
     """The draws are of the padded image's tokens."""
-    net, buffers, optimizer = network(drop_path_rate=0.5)
+    net, gradients, optimizer = network(drop_path_rate=0.5)
     images, masks = pairs(8, side=side)
     args = arguments()
     x, masks = segmenter.make_batch(images, masks, slice(0, 8), 0, 0, 8, args, STATS, CPU)
     drops, keep = segmenter.draw_drops(net, 8, side, 0, 0, 0)
-    assert segmenter.train_step(net, buffers, optimizer, x, masks, 8, 1e-3, args, drops, keep).isfinite()
+    assert segmenter.train_step(net, gradients, optimizer, x, masks, 8, 1e-3, args, drops, keep).isfinite()
     assert segmenter.predict_logits(net, images, STATS, CPU, "float32").shape == (8, K, side, side)
 
 
@@ -431,17 +431,17 @@ def test_masks_at_their_own_size():
 
 def train(args, rank, world_size, batch, steps):
     """Steps on the same images: gradients of all, losses, the validation Dice at last."""
-    net, buffers, optimizer = network()
+    net, gradients, optimizer = network()
     images, masks = pairs(12)
     rates, own = segmenter.learning_rates(1e-3, steps, 1), cut(batch, rank, world_size)
-    gradients, losses = [], []
-    optimizer.register_step_pre_hook(lambda *_: gradients.append(torch.cat([grads.clone() for _, grads in buffers])))
+    before, losses = [], []
+    optimizer.register_step_pre_hook(lambda *_: before.append(torch.cat(gradients)))
     for step, rows in enumerate(segmenter.batches(np.arange(12), 0, range(steps), batch)):
         rows = rows[own]
         x, targets = segmenter.make_batch(images[rows], masks[rows], own, 0, step, batch, args, STATS, CPU)
-        losses.append(segmenter.train_step(net, buffers, optimizer, x, targets, batch, rates[step], args))
+        losses.append(segmenter.train_step(net, gradients, optimizer, x, targets, batch, rates[step], args))
     found = segmenter.validate(net, images, masks, np.arange(12), K, STATS, 5, CPU, "float32", rank, world_size)
-    return {"gradients": torch.stack(gradients), "losses": torch.stack(losses), "Dice": torch.tensor(found)}
+    return {"gradients": torch.stack(before), "losses": torch.stack(losses), "Dice": torch.tensor(found)}
 
 
 def rank_of_two(rank, init, args, folder):
