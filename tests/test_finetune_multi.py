@@ -51,7 +51,7 @@ def test_what_is_printed(finished):
     assert lines[first] == ("fmc: 72 images of 36 groups (by group column); no image or group is in two parts")
     assert lines[first + 2].startswith("  fetal_head: segmentation, train 24, validation 12, test 12 images; mir")
     assert lines[first + 1].startswith("  FUGC: regression, ") and lines[first + 1].endswith("mirrored: no")
-    for words in ("all: 4 tasks\na: a.pt (pretrain.py), seed 0\n", "step 8/16 | loss ", "| validation, normalised ",
+    for words in ("all: 4 tasks\na: a.pt (pretrain.py), seed 0\n", "step 8/16 | loss ", "| normalised ",
                   "clinical: test scores, mean of 1 run", "gain over task [95 %]", "all tasks: mean normalised score",
                   "a.pt: cannot tell whether test images were in the pretraining set",
                   "No test image was a copy or a look-alike of one in train or validation."):
