@@ -17,6 +17,10 @@ from model import VisionTransformer, draw_rescale, init_linear
 STUDENT_TEMP = 0.1  # DINOv2's constant that nobody tunes
 KOLEO_EPS, KOLEO_MIN_DISTANCE = 1e-8, 1e-4
 HEALTH_ROWS = 64  # teacher rows whose targets are looked at for the log
+# Which of the teacher's rows of an image a student's row learns from; -1: there is no second one
+GLOBAL_PAIRS = [(1, -1), (0, -1)]  # a global crop: from the other one
+LOCAL_PAIR = (0, 1)  # a local crop: from both global ones
+PATCH_PAIR = (0, -1)  # a masked patch: from itself
 
 
 # ---------------------------------------------------------------- student and teacher
@@ -63,6 +67,9 @@ class Network(nn.Module):
         for name in ("dino_head", "ibot_head") if args.separate_head else ("dino_head",):
             setattr(self, name, DINOHead(config["embed_dim"], args.head_n_prototypes, hidden_dim=args.head_hidden_dim,
                                          bottleneck_dim=args.head_bottleneck_dim, init_std=args.init_std))
+        crop_pairs = torch.tensor(GLOBAL_PAIRS + [LOCAL_PAIR] * args.local_crops_number)  # (2 + L, 2)
+        self.register_buffer("crop_pairs", crop_pairs, persistent=False)
+        self.register_buffer("patch_pair", torch.tensor([PATCH_PAIR]), persistent=False)  # (1, 2)
 
     def patch_head(self):
         return self.ibot_head if hasattr(self, "ibot_head") else self.dino_head
@@ -150,15 +157,12 @@ def student_losses(student, micro, class_target, patch_target, temp, batch, draw
     patches = tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, micro["mask_indices"])  # (M, C)
     prototypes = prototypes_of(student)
 
-    # a global crop learns from the teacher's other crop, a local one from both
-    k = torch.arange(2 + L, device=cls.device)
-    rows_of = torch.stack(((k == 0).long(), 2 * (k >= 2) - 1), dim=1)  # (2 + L, 2): 1 -1, 0 -1, 0 1, 0 1, ...
     weight = cls.new_full((b, 2 + L), 1 / (batch * (2 * L + 2)), dtype=class_target[3].dtype)
     dino, losses = prototype_loss(student.dino_head.bottleneck(cls).transpose(0, 1), prototypes[0], *class_target,
-                                  rows_of, weight, STUDENT_TEMP, temp, dtype)
+                                  student.crop_pairs, weight, STUDENT_TEMP, temp, dtype)
     weight = micro["mask_weight"][:, None] / (2 * batch)  # (M, 1)
     ibot, _ = prototype_loss(student.patch_head().bottleneck(patches[:, None]), prototypes[1], *patch_target,
-                             -k[None, :2], weight, STUDENT_TEMP, temp, dtype)  # rows_of [[0, -1]]: each from its own
+                             student.patch_pair, weight, STUDENT_TEMP, temp, dtype)
     koleo = koleo_loss(global_cls[:b], micro["groups"]) + koleo_loss(global_cls[b:], micro["groups"])
     return torch.stack((dino, ibot, koleo)), losses[:, 2:].sum()
 

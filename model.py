@@ -10,6 +10,7 @@ B images, N tokens of an image (cls, registers, patches), T = sum of B * N over 
 D head dim, P patches, K prototypes; an image is (B, in_chans, h, w), a map of its patches (B, C, rows, columns).
 """
 
+import collections
 import math
 
 import numpy as np
@@ -182,21 +183,36 @@ class AddRows(torch.autograd.Function):
         return grad, (grad.index_select(0, rows) * scale.index_select(0, rows)).to(ctx.dtype), None, None, None
 
 
+# What one residual branch keeps where images skip it at random: the kept rows of the packed tokens (kept,); their
+# inverse (T,), the place of each row among the kept ones or -1; the factor of each row's residual (T, 1); and the
+# (B, N) of what is kept of each crop group.
+Drop = collections.namedtuple("Drop", "rows inverse scale shapes")
+
+
 def keep_images(x, shapes, drop):
     """The tokens (kept, C) that a residual branch works on, and their shapes: all, or those of some random images.
 
     Stochastic depth as DINOv2 does it: each crop size keeps a share of its images, the residual is scaled by
-    images / kept, and the dropped images cost nothing. drop = (rows, inverse, scale, kept_shapes), or None.
+    images / kept, and the dropped images cost nothing.
     """
-    return (x, shapes) if drop is None else (KeepRows.apply(x, *drop[:2]), drop[3])
+    return (x, shapes) if drop is None else (KeepRows.apply(x, drop.rows, drop.inverse), drop.shapes)
 
 
 def add_residual(x, residual, drop):
     """x + residual. x stays float32 whatever the branch computed in: at a LayerScale of 1e-5 bf16 would lose it all."""
-    return x + residual if drop is None else AddRows.apply(x, residual, *drop[:3])
+    return x + residual if drop is None else AddRows.apply(x, residual, drop.rows, drop.inverse, drop.scale)
 
 
 class Block(nn.Module):
+    """The transformer's block as everybody knows it:
+
+        x = x + drop_path(ls1(attn(norm1(x))))
+        x = x + drop_path(ls2(mlp(norm2(x))))
+
+    What runs is the same, folded: drop_path comes first, as the choice of the images that a branch works on at all, and
+    the weights of norm and ls are part of the linear layers next to them, so that neither is a pass over the tokens.
+    """
+
     def __init__(self, dim, num_heads, mlp_ratio, ffn_layer, init_values, norm_eps=1e-6, mask_k_bias=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -212,10 +228,13 @@ class Block(nn.Module):
         y, kept_shapes = keep_images(x, shapes, drops[0])  # (kept tokens, C)
         y = normalize(y, self.norm1)
         y = F.linear(y, *folded(self.attn.qkv, y.dtype, self.norm1, bias_mask=self.attn.bias_mask))  # (kept tokens, 3C)
-        y = self.attend(y, kept_shapes, self.attn.num_heads, rope)
-        x = add_residual(x, F.linear(y, *folded(self.attn.proj, y.dtype, scale=self.ls1)), drops[0])  # (T, C)
+        y = self.attend(y, kept_shapes, self.attn.num_heads, rope)  # (kept tokens, C)
+        y = F.linear(y, *folded(self.attn.proj, y.dtype, scale=self.ls1))
+        x = add_residual(x, y, drops[0])  # (T, C)
+
         y, _ = keep_images(x, shapes, drops[1])
-        return add_residual(x, self.mlp(normalize(y, self.norm2), self.norm2, self.ls2, routing), drops[1])
+        y = self.mlp(normalize(y, self.norm2), self.norm2, self.ls2, routing)  # folds them as attention does
+        return add_residual(x, y, drops[1])
 
 
 def init_linear(module, std):
@@ -367,8 +386,8 @@ class VisionTransformer(nn.Module):
         return self.forward_features(x, masks)["x_norm_clstoken"]  # (B, C)
 
     def draw_drop_path(self, shapes, rng):
-        """Which images of each group (B, N) every residual branch keeps: a list of 2 * depth entries, or None. The
-        entry of a branch that keeps all is None.
+        """Which images of each group (B, N) every residual branch keeps: a Drop for each of 2 * depth, or None. That
+        of a branch that keeps all is None.
 
         Drawn on the CPU from numpy generator `rng` before the forward, so that nothing random happens inside it.
         """
@@ -413,7 +432,7 @@ class VisionTransformer(nn.Module):
 # ---------------------------------------------------------------- drop path
 
 def draw_kept(branches, shapes, kept_images, rng, device):
-    """What keep_images takes, for each of `branches`: random `kept_images` images of each group (B, N)."""
+    """A Drop for each of `branches`: random `kept_images` images of each group (B, N)."""
     first_row, first_kept, rows, inverse, scale, kept_shapes = 0, 0, [], [], [], []
     for (B, N), kept in zip(shapes, kept_images):
         chosen = np.sort(rng.random((branches, B)).argsort(axis=1)[:, :kept], axis=1)  # (branches, kept)
@@ -427,7 +446,7 @@ def draw_kept(branches, shapes, kept_images, rng, device):
         first_row, first_kept = first_row + B * N, first_kept + kept * N
     rows, inverse, scale = (torch.cat(x, dim=1) for x in (rows, inverse, scale))
     # (branches, kept tokens), (branches, T), (branches, T, 1)
-    return [(*drop, kept_shapes) for drop in zip(rows, inverse, scale[..., None])]
+    return [Drop(*drop, kept_shapes) for drop in zip(rows, inverse, scale[..., None])]
 
 
 def to_device(array, device):

@@ -252,8 +252,8 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     """One optimizer step over a list of micro-batches; nothing here waits for the device.
 
     buffers: (student's, teacher's) flatten_parameters. values: this step's schedules. centers (2, K), changed in place.
-    Returns stats (10,): the four weighted terms, entropy and information of targets, gradient norms of backbone and
-    heads, 1 if all is finite (else nothing was changed), ranks that want to stop; --mask_tissue: share of tissue (11,).
+    Returns {name: number on the device}: the four weighted terms, entropy and information of targets, gradient norms
+    of backbone and heads, `finite` (0: nothing was changed), ranks that want to `stop`, with --mask_tissue its share.
     """
     dtype, temp, terms, student_buffers = getattr(torch, args.dtype), values["teacher_temp"], [], buffers[0]
     cast = torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32)
@@ -266,14 +266,18 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
         dino, ibot, koleo = (weight * loss for weight, loss in zip(weights, losses))
         (dino + ibot + koleo).backward()  # outside autocast: what was kept in float32 stays there
         terms.append(torch.stack((weights[0] * local, dino - weights[0] * local, ibot, koleo)).detach())
-    health, terms = target_health(targets[0][0], temp), torch.stack(terms).sum(0)  # (2,), (4,)
+    health = dict(zip(("target_entropy", "target_information"), target_health(targets[0][0], temp)))
     if args.mask_tissue:
-        health = torch.cat((health, torch.stack([micro["tissue"] for micro in micros]).mean()[None]))
+        health["tissue"] = torch.stack([micro["tissue"] for micro in micros]).mean()
 
-    stats = all_reduce(torch.cat((terms, health * len(micros) * args.batch_size_per_gpu / batch,
-                                  terms.new_full((1,), float(stop)))))
+    sums = dict(zip(("dino_local", "dino_global", "ibot", "koleo"), torch.stack(terms).sum(0)))
+    for name, value in health.items():  # means of a rank's images
+        sums[name] = value * len(micros) * args.batch_size_per_gpu / batch
+    sums["stop"] = centers.new_full((), float(stop))
+    summed = all_reduce(torch.stack(list(sums.values())))
+    stats = dict(zip(sums, summed))
     norms = torch.stack([all_reduce(grads).norm() for _, grads in student_buffers])
-    finite = (norms.isfinite().all() & stats.isfinite().all()).float()
+    finite = (norms.isfinite().all() & summed.isfinite().all()).float()
     for (_, grads), norm in zip(student_buffers, norms):
         grads.mul_((args.clip_grad / (norm + 1e-6)).clamp(max=1))
     for group in optimizer.param_groups:
@@ -287,7 +291,7 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
         teacher_flat.lerp_(student_flat, (1 - values["momentum"]) * finite)
         grads.zero_()
     centers.copy_(torch.where(finite > 0, new_centers, centers))
-    return torch.cat((stats[:6], norms[:1], norms[1:].max()[None], finite[None], stats[-1:], stats[6:-1]))
+    return {**stats, "grad_norm_backbone": norms[0], "grad_norm_heads": norms[1:].max(), "finite": finite}
 
 
 def schedules(args, steps, batch):
@@ -324,13 +328,12 @@ def checkpoint_of(student, teacher, optimizer, centers, step, constant):
 
 def read_stats(pending, batches, data):
     """Wait for a step's stats on the host; a non-finite one ends the run, naming the terms and the batch's files."""
-    step, stats, copied = pending
+    step, names, stats, copied = pending
     if copied:
         copied.synchronize()
-    values = dict(zip(("dino_local", "dino_global", "ibot", "koleo", "target_entropy", "target_information",
-                       "grad_norm_backbone", "grad_norm_heads", "finite", "stop", "tissue"), stats.tolist()))
+    values = dict(zip(names, stats.tolist()))
     if not values["finite"]:
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:8])
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in ("finite", "stop"))
         raise ValueError(f"step {step} is not finite ({terms}): its update was not applied and the last checkpoint is "
                          f"unharmed. Its images: {', '.join(data.names(batches.indices(step)))}")
     return values
@@ -410,7 +413,7 @@ def main(args):
         draws = list(draw_drops(student.backbone, micros, args.seed, step, rank, args.rope_rescale))
         stats = train_step(student, teacher, optimizer, buffers, centers, micros, values, args, batch, draws,
                            bool(received))
-        previous, pending = pending, (step, *runtime.host_copy(stats))
+        previous, pending = pending, (step, list(stats), *runtime.host_copy(torch.stack(list(stats.values()))))
         stop = previous is not None and read_stats(previous, batches, data)["stop"] > 0  # one step late: no waiting
         done, last, seen = step + 1, step + 1 == steps, seen + batch
         bar.update()

@@ -224,7 +224,7 @@ def pipeline(args, pack, workers, compiled, device="cuda", steps=60, warmup=10):
         marks[-1][1].record()
         stats = step(micros)
         marks[-1][2].record()
-        previous, pending = pending, runtime.host_copy(stats)
+        previous, pending = pending, runtime.host_copy(torch.stack(list(stats.values())))
         if previous is not None:
             previous[1].synchronize()  # as the loop reads its log: one step late
     torch.cuda.synchronize()

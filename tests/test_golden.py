@@ -126,7 +126,8 @@ def test_whole_step(centering, ops):
     kernels.use_reference(ops == "references")
     assert ("references" in kernels.mode("cpu")) == (ops == "references")
     z = golden("step")
-    args = Namespace(head_n_prototypes=256, head_hidden_dim=96, head_bottleneck_dim=32, separate_head=False, init_std=0.02)
+    args = Namespace(head_n_prototypes=256, head_hidden_dim=96, head_bottleneck_dim=32, separate_head=False,
+                     init_std=0.02, local_crops_number=len(z["local_crops"]) // 6)
     student, teacher = (pretrain.Network(VIT, args) for _ in range(2))
     for network, who in ((student, "student"), (teacher, "teacher")):
         load_strict(network.backbone, part(z, f"{who}/"), who)

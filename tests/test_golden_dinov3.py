@@ -13,7 +13,7 @@ from kernel_tools import close, needs_kernels, rope_table
 
 import kernels
 import pretrain
-from model import DINOV3, SIZES, VisionTransformer, rope_periods
+from model import DINOV3, SIZES, Drop, VisionTransformer, rope_periods
 from networks.families import convert
 from networks.weights import load_backbone, load_strict
 
@@ -75,7 +75,7 @@ def test_kept_images_turn_alike(device):
     vit, x = build(z).to(device), z["x64"].to(device)
     packed, shapes = vit.pack([x], [None])
     token = torch.arange(42, device=device)  # the first image's 21 are dropped
-    drop = token[21:], (token - 21).clamp(min=-1), (token >= 21).float()[:, None], [(1, 21)]
+    drop = Drop(token[21:], (token - 21).clamp(min=-1), (token >= 21).float()[:, None], [(1, 21)])
     out = vit.blocks[0](packed, shapes, [drop, drop], vit.turns([x])[0])
     alone = vit.blocks[0](vit.pack([x[1:]], [None])[0], [(1, 21)], rope=vit.turns([x[1:]])[0])
     close("the kept image", out[21:], alone, 1e-6)

@@ -59,7 +59,7 @@ def attention_flops(backbone, micro, drops, recomputed):
     teacher = len(backbone.blocks) * len(micro["global_crops"]) * N ** 2 * 2
     local = 1 + backbone.num_register_tokens + (micro["local_crops"].shape[-1] // backbone.patch_size) ** 2
     everyone = [(len(micro["global_crops"]), N), (len(micro["local_crops"]), local)]
-    kept = [drop[-1] for drop in drops[::2]] if drops else [everyone] * len(backbone.blocks)
+    kept = [drop.shapes for drop in drops[::2]] if drops else [everyone] * len(backbone.blocks)
     student = sum(B * N ** 2 for shapes in kept for B, N in shapes) * (2 + 7 + 2 * recomputed)
     return 2 * backbone.embed_dim * (teacher + student)
 

@@ -361,7 +361,7 @@ def test_uniform_drop_path_is_what_it_was(rate):
     want = uniform_formula(4, rate, shapes, twin)
     assert len(ours) == len(want) == 8
     assert all(torch.equal(a, b) for drop, expected in zip(ours, want) for a, b in zip(drop, expected))
-    assert all(drop[3] == [(max(int(B * (1 - rate)), 1), N) for B, N in shapes] for drop in ours)
+    assert all(drop.shapes == [(max(int(B * (1 - rate)), 1), N) for B, N in shapes] for drop in ours)
     assert rng.random() == twin.random()  # no number more or less was drawn
 
 
@@ -370,22 +370,22 @@ def test_linear_drop_path_grows_with_depth():
     drops = vit.draw_drop_path([(20, 7), (2, 3)], np.random.default_rng(0))
     assert drops[:2] == [None, None] and len(drops) == 10
     kept = [(18, 2), (16, 2), (14, 1), (12, 1)]
-    assert [drop[3] for drop in drops[2::2]] == [[(first, 7), (second, 3)] for first, second in kept]
+    assert [drop.shapes for drop in drops[2::2]] == [[(first, 7), (second, 3)] for first, second in kept]
     for rows, inverse, scale, ((first, _), (second, _)) in drops[2:]:
         assert len(rows) == 7 * first + 3 * second and (inverse >= 0).sum() == len(rows)
         assert scale[:140].unique().tolist() == [0.0, pytest.approx(20 / first)]
         assert scale[140:].max() == pytest.approx(2 / second)
-    kept = [{tuple(drop[0].tolist()) for drop in drops[2 * i:2 * i + 2]} for i in range(1, 5)]
+    kept = [{tuple(drop.rows.tolist()) for drop in drops[2 * i:2 * i + 2]} for i in range(1, 5)]
     assert all(len(pair) == 2 for pair in kept)  # each branch its own
     vit.drop_path_uniform = True
-    assert [drop[3][0] for drop in vit.draw_drop_path([(20, 7)], np.random.default_rng(0))] == [(12, 7)] * 10
+    assert [drop.shapes[0] for drop in vit.draw_drop_path([(20, 7)], np.random.default_rng(0))] == [(12, 7)] * 10
 
 
 def test_small_batches_are_not_dropped_more_than_asked():
     vit = VisionTransformer(**{**VIT, "depth": 12}, drop_path_rate=0.4, drop_path_uniform=False)
     drops = vit.draw_drop_path([(8, 2)], np.random.default_rng(0))[2:]
-    assert np.mean([1.0] * 2 + [drop[3][0][0] / 8 for drop in drops]) == pytest.approx(0.8, abs=0.02)
-    assert vit.draw_drop_path([(1, 2)], np.random.default_rng(0))[-1][3] == [(1, 2)]
+    assert np.mean([1.0] * 2 + [drop.shapes[0][0] / 8 for drop in drops]) == pytest.approx(0.8, abs=0.02)
+    assert vit.draw_drop_path([(1, 2)], np.random.default_rng(0))[-1].shapes == [(1, 2)]
 
 
 @pytest.mark.parametrize("uniform", [True, False])
