@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from arguments import Parser
 from frames import phantom
 from frames.images import Frame, read_image
 from frames.leakage import overlap
@@ -55,9 +56,8 @@ File = collections.namedtuple("File", "path backbone info size")
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    # test set
+    p = Parser(__doc__.split("\n")[0])
+    add = p.add_argument_group("test set").add_argument
     add("--data", help="folder with a folder per class, CSV image,label[,group][,split], or FETAL_PLANES_DB as "
         "downloaded; all its splits together, but for --split; default: phantom planes")
     add("--split", choices=SPLITS, help="draw support and query from this split only")
@@ -65,10 +65,11 @@ def get_args(argv=None):
     add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
     add("--outside_fan", action=argparse.BooleanOptionalAction, default=False,
         help="show only what lies outside the ultrasound fan: a score above chance is text, callipers, layout")
-    # features
-    add_arguments(parser)
+    models = p.add_argument_group("models")
+    add_arguments(models, ckpt=["last.pt"])
+    add = models.add_argument
     add("--batch_size", type=int, default=64, help="images per forward pass; lower it when memory runs out")
-    # protocol
+    add = p.add_argument_group("protocol").add_argument
     add("--shots", type=int, nargs="+", default=[1, 5], metavar="N", help="support images per class")
     add("--episodes", type=int, default=100, help="support draws per number of shots; more narrow the interval")
     add("--classifiers", nargs="+", choices=CLASSIFIERS, default=["nearest_mean", "knn", "logreg"], metavar="NAME",
@@ -84,15 +85,13 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="of episodes, random initialisation, fine-tuning and bootstrap")
     add("--json", default="fewshot.json", help="where all numbers go beside the table")
     add("--png", help="accuracy against several shots, a picture per classifier, named after it; default beside --json")
-    parser.set_defaults(ckpt=["last.pt"])
-    args = parser.parse_args(argv)
+    args, _ = p.parse(argv)
     for name in ("shots", "episodes", "batch_size", "img_size", "finetune_steps", "finetune_episodes"):
         if min(np.atleast_1d(1 if getattr(args, name) is None else getattr(args, name))) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if args.seed < 0 or args.lr <= 0 or args.layer_decay <= 0:
-        parser.error("--seed must be at least 0, --lr and --layer_decay above 0")
+            p.error(f"--{name} must be at least 1")
+    p.check(args, dict(seed=0), positive=("lr", "layer_decay"))
     if args.data is None and (args.exclude or args.group_regex or args.split):
-        parser.error("--exclude, --group_regex and --split need --data: the phantom planes have no file names")
+        p.error("--exclude, --group_regex and --split need --data: the phantom planes have no file names")
     args.shots, args.classifiers = (list(dict.fromkeys(given)) for given in (args.shots, args.classifiers))
     args.png = args.png or os.path.splitext(args.json)[0] + ".png"
     return args

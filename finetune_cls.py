@@ -21,14 +21,15 @@ import numpy as np
 import torch
 
 import runtime
+from arguments import Parser, add_run, by_data, in_words
 from frames import phantom
 from frames.images import Frame, read_image
 from labelled.labels import LabelledSet, read_labelled
 from labelled.splits import check_splits, split_groups
 from labelled.store import Images
 from model import SIZES
-from networks.baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models, list_models,
-                                files_and_seeds, named_files, open_backbone, open_runs, own_size)
+from networks.baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models,
+                                files_and_seeds, list_models, named_files, open_backbone, open_runs, own_size)
 from networks.weights import trained_weights
 from scores.exchange import read_features, read_predictions
 from scores.plots import confusion_png
@@ -56,16 +57,12 @@ Data = collections.namedtuple("Data", "names labels classes groups grouped_by tr
 
 
 def get_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with --data, else cpu")
-    first.add_argument("--data", help="folder with a folder per class, CSV image,label[,group][,split], or "
-                                      "FETAL_PLANES_DB as downloaded; without it phantom planes")
-    chosen, _ = first.parse_known_args(argv)
-    preset = chosen.preset or ("ultradino" if chosen.data else "cpu")
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
-    # data
+    p = Parser(__doc__.split("\n")[0], epilog=f"Defaults are those of --preset ultradino; cpu has "
+               f"{in_words(PRESETS['cpu'])}.")
+    flag = dict(action=argparse.BooleanOptionalAction, default=False)
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="folder with a folder per class, CSV image,label[,group][,split], or "
+        "FETAL_PLANES_DB as downloaded; without it phantom planes")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out names that match, e.g. '*_mask.png'")
     add("--group_regex", help="first capture in an image's name is its patient, clip or examination")
     add("--by", nargs="+", default=[], metavar="COLUMN",
@@ -73,16 +70,15 @@ def get_args(argv=None):
     add("--split_seed", type=int, default=0, help="of groups drawn for validation and test where the data name none")
     add("--val_fraction", type=float, default=0.2, help="share of train groups kept for validation if none is named")
     add("--test_fraction", type=float, default=0.2, help="share of all groups kept for the test if none is named")
-    # models
-    add_arguments(p)
+    models = p.add_argument_group("models")
+    add_arguments(models)
+    add = models.add_argument
     add("--predictions", nargs="+", default=[], metavar="NAME=FILE", help="another model's test predictions, .csv")
     add("--arch", choices=SIZES, default="vit_small", help="of `none` where no file tells")
-    # protocol; without the next two: fine-tuning of the whole network
+    add = p.add_argument_group("protocol, fine-tuning of the whole network if not one of these").add_argument
     add("--linear", **flag, help="linear heads on frozen features, DINOv2's grid, the best on validation")
     add("--knn", **flag, help="nearest neighbours on frozen features, k by validation")
-    add("--seeds", type=int, default=1, help="fine-tuning (or probe) seeds per file; their mean is scored")
-    add("--seed", type=int, default=0, help="the first of them, and of the statistics")
-    # fine-tuning
+    add = p.add_argument_group("fine-tuning").add_argument
     add("--epochs", type=int, default=200, help="the same for all models")
     add("--batch_size", type=int, default=128, help="images per step over all processes")
     add("--lr", type=float, default=1e-4, help="learning rate of the head and the last block")
@@ -95,14 +91,9 @@ def get_args(argv=None):
     add("--cutmix", type=float, default=1.0, help="alpha of its Beta distribution, 0 for none")
     add("--smoothing", type=float, default=0.1, help="of labels")
     add("--linear_steps", type=int, default=12_500, help="of --linear; 12,500 are DINOv2's")
-    # the run
-    add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
-    add("--eval_batch_size", type=int, default=64, help="images per forward pass where nothing is learned")
-    add("--output_dir", default="cls", help="where everything goes; the same command again resumes")
-    add("--save_every", type=int, default=10, help="epochs between checkpoints of a run")
+    add = add_run(p, PRESETS, "cls", 64, 10, "epochs").add_argument
     add("--latex", metavar="FILE.tex", help="write the table and the methods text for a paper")
-    p.set_defaults(**PRESETS[preset], preset=preset)
-    args = p.parse_args(argv)
+    args, _ = p.parse(argv, by_data(PRESETS))
     check_args(p, args)
     return args
 
@@ -116,8 +107,8 @@ def check_args(p, args):
         p.error("--exclude, --group_regex and --by need --data: phantoms have no names")
     least = dict(seeds=1, seed=0, split_seed=0, epochs=1, batch_size=2, linear_steps=1, eval_batch_size=1, save_every=1,
                  img_size=1, mixup=0, cutmix=0, warmup_epochs=0, weight_decay=0)
-    runtime.check_numbers(p, args, least, shares=("val_fraction", "test_fraction", "drop_path_rate", "smoothing"),
-                          positive=("lr", "layer_decay"))
+    p.check(args, least, shares=("val_fraction", "test_fraction", "drop_path_rate", "smoothing"),
+            positive=("lr", "layer_decay"))
 
 
 # ---------------------------------------------------------------- data

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import runtime
+from arguments import Parser, add_run, by_data, in_words
 from labelled import task_sets
 from labelled.fmc_uia import GROUPS_FILE
 from model import SIZES
@@ -33,6 +34,7 @@ from training.segmenter import batches
 
 SCRIPT = "finetune_multi.py"
 PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound."
+WARMUP_FRACTION = 0.05  # of the learning rates, share of the run; then cosine to 0
 PARADIGMS = ("task", "clinical", "all")
 SIDES = ("fetal_head_pos_cls", "fetal_sacral_pos_cls", "cardiac_multi", "cervix_multi", "head_symphysis_multi")
 PRESETS = {
@@ -46,24 +48,20 @@ NOT_RECIPE = {"data", "tasks", "group_regex", "groups", "skip_wrong_rows", "val_
 
 
 def get_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, help="recipe; m2dino with --data, else cpu")
-    first.add_argument("--data", help="folder with csv_files/, as FMC_UIA is downloaded; without it phantoms")
-    chosen, _ = first.parse_known_args(argv)
-    preset = chosen.preset or ("m2dino" if chosen.data else "cpu")
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction)
-    # data
+    p = Parser(__doc__.split("\n")[0], epilog=f"Defaults are those of --preset m2dino; cpu has "
+               f"{in_words(PRESETS['cpu'])}.")
+    flag = dict(action=argparse.BooleanOptionalAction, default=False)
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="folder with csv_files/, as FMC_UIA is downloaded; without it phantoms")
     add("--tasks", nargs="+", metavar="TASK", help="only these")
     add("--group_regex", help="first capture in an image's path is its patient, clip or examination")
-    add("--groups", metavar="FILE.csv", default=GROUPS_FILE,
-        help="task,group: clinical groups, of --paradigm clinical and of the table")
-    add("--skip_wrong_rows", **flag, default=False, help="leave out rows that are wrong, instead of stopping")
+    add("--groups", metavar="FILE.csv", help="task,group: clinical groups, of --paradigm clinical and of the table; "
+        "default: those of FMC_UIA's tasks")
+    add("--skip_wrong_rows", **flag, help="leave out rows that are wrong, instead of stopping")
     add("--val_fraction", type=float, default=0.1, help="share of groups kept for validation")
     add("--test_fraction", type=float, default=0.2, help="share of groups kept for the test")
     add("--test_seed", type=int, default=0, help="of the groups drawn for validation and test")
-    # model
+    add = p.add_argument_group("model").add_argument
     add("--paradigm", nargs="+", choices=PARADIGMS, default=["all"], help="a model per task, per group, for all")
     add("--ckpt", nargs="+", metavar="FILE", help="backbone to start from, or none; default: last.pt if it is here, "
         "else none")
@@ -75,28 +73,21 @@ def get_args(argv=None):
     add("--balance_weight", type=float, default=0.01, help="of the loss that keeps experts busy; with --top_k only")
     add("--task_dim", type=int, default=64, help="width of a task's embedding")
     add("--channels", type=int, default=128, help="of the DPT decoder and the box heads")
-    # training
+    add = p.add_argument_group("training").add_argument
     add("--iters", type=int, default=2000, help="steps of each task, in every paradigm")
     add("--batch_size", type=int, default=16, help="images per step, all of one task, over all processes")
     add("--lr", type=float, default=1e-4, help="learning rate of heads and experts; of all from scratch")
     add("--backbone_lr", type=float, default=1e-5, help="of the pretrained rest")
-    add("--warmup_fraction", type=float, default=0.05, help="of the learning rates, share of the run; then cosine to 0")
     add("--weight_decay", type=float, default=0.05, help="AdamW's, but for biases, norms and LayerScale")
     add("--clip_grad", type=float, default=1.0, help="largest gradient norm")
     add("--rope_rescale", type=float, default=1.0, help="largest factor of coordinates in training; DINOv3's is 2")
-    add("--augment", **flag, default=True, help="light, gamma, noise, grid, affine, flip")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="light, gamma, noise, grid, affine, flip")
     add("--no_flip", nargs="+", default=[], metavar="TASK", help="never mirrored, like landmarks and, of FMC_UIA, "
         + ", ".join(SIDES))
     add("--val_every", type=int, default=200, help="steps of each task between validations, of which the best counts")
-    add("--seeds", type=int, default=1, help="training seeds; their mean is scored")
-    add("--seed", type=int, default=0, help="the first of them, and of the statistics")
-    # the run
-    add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
-    add("--eval_batch_size", type=int, default=32, help="images per forward pass where nothing is learned")
-    add("--output_dir", default="multi", help="where everything goes; the same command again resumes")
-    add("--save_every", type=int, default=200, help="steps of each task between checkpoints")
-    p.set_defaults(**PRESETS[preset], preset=preset)
-    args = p.parse_args(argv)
+    add = add_run(p, PRESETS, "multi", 32, 200, "steps of each task").add_argument
+    args, _ = p.parse(argv, by_data(PRESETS))
     check_args(p, args)
     return args
 
@@ -109,12 +100,13 @@ def check_args(p, args):
     least = dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
                  img_size=1, weight_decay=0, experts=1, task_dim=1, channels=32, backbone_lr=0, balance_weight=0,
                  rope_rescale=1, top_k=1)
-    runtime.check_numbers(p, args, least, shares=("val_fraction", "test_fraction", "warmup_fraction"),
-                          positive=("lr", "clip_grad"))
+    p.check(args, least, shares=("val_fraction", "test_fraction"),
+            positive=("lr", "clip_grad"))
     if args.channels % 32:  # half of them in groups of 16
         p.error(f"--channels must be a multiple of 32, not {args.channels}")
     if args.top_k is not None and args.top_k > args.experts:
         p.error(f"--top_k {args.top_k}: there are {args.experts} experts")
+    args.groups = args.groups or GROUPS_FILE
     args.paradigm = list(dict.fromkeys(args.paradigm))
     args.no_flip = sorted({*SIDES, *args.no_flip})
 
@@ -153,7 +145,7 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     network, gradients, optimizer = many_tasks.build(backbone, tasks, shares, how, seed, device)
     rates = argparse.Namespace(**{**vars(args), "backbone_lr": args.lr if info["digest"] is None else args.backbone_lr})
     steps = rounds * len(tasks)
-    share_of_rate = cosine_schedule(1.0, 0.0, steps, round(args.warmup_fraction * steps))
+    share_of_rate = cosine_schedule(1.0, 0.0, steps, round(WARMUP_FRACTION * steps))
     turns = many_tasks.whose_turn(len(tasks), rounds, seed)
 
     # ---- resume ----

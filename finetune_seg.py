@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import runtime
+from arguments import Parser, add_run, by_data, in_words
 from kernels import all_reduce
 from labelled.mask_sets import PHANTOM_SIZE, class_shares, digest_of, draw_shots, open_data
 from model import SIZES
@@ -48,16 +49,12 @@ NOT_RECIPE = {"data", "masks", "mask_pattern", "classes", "exclude", "group_rege
 
 
 def get_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with --data, else cpu")
-    first.add_argument("--data", help="images and masks: two folders, side by side, .mha, FASS, JNU-IFM or HC18 as "
-                                      "downloaded; without it phantom planes")
-    chosen, _ = first.parse_known_args(argv)
-    preset = chosen.preset or ("ultradino" if chosen.data else "cpu")
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction)
-    # data
+    p = Parser(__doc__.split("\n")[0], epilog=f"Defaults are those of --preset ultradino; cpu has "
+               f"{in_words(PRESETS['cpu'])}.")
+    flag = dict(action=argparse.BooleanOptionalAction, default=False)
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="images and masks: two folders, side by side, .mha, FASS, JNU-IFM or HC18 as "
+        "downloaded; without it phantom planes")
     add("--masks", metavar="FOLDER", help="of the masks, where --data holds the images alone")
     add("--mask_pattern", help="of a mask's name, e.g. '{}_mask*.png', {} being its image's without suffix")
     add("--classes", nargs="+", metavar="NAME=VALUE",
@@ -69,19 +66,20 @@ def get_args(argv=None):
     add("--val_fraction", type=float, default=0.2, help="share of train groups kept for validation if none is named")
     add("--test_fraction", type=float, default=0.2, help="share of all groups kept for the test if none is named")
     add("--test_seed", type=int, default=0, help="of groups drawn for validation and test where the data name none")
-    # few-shot
+    add = p.add_argument_group("few shots").add_argument
     add("--shots", type=int, metavar="N", help="train on N images only; validation and test stay whole")
     add("--shots_by", choices=("image", "group"), default="image", help="N images, or all images of N groups")
     add("--split_seed", type=int, nargs="+", default=[0], help="of the draws of --shots: runs for each of them")
-    # models
-    add_arguments(p, frozen=False)
+    models = p.add_argument_group("models")
+    add_arguments(models, frozen=False)
+    add = models.add_argument
     add("--predictions", nargs="+", default=[], metavar="NAME=FOLDER", help="anyone's masks of the test images, .png")
     add("--arch", choices=SIZES, default="vit_small", help="of `none` where no file tells")
     add("--decoder", choices=("upernet", "linear"), default="upernet", help="on four feature maps, or on the last")
     add("--channels", type=int, help="of UPerNet; default: the backbone's width")
     add("--decoder_norm", choices=("group", "none"), default="group", help="of UPerNet; none is the paper's")
-    add("--frozen", **flag, default=False, help="train the decoder alone")
-    # training
+    add("--frozen", **flag, help="train the decoder alone")
+    add = p.add_argument_group("training").add_argument
     add("--iters", type=int, default=20_000, help="steps, the same for all models")
     add("--batch_size", type=int, default=64, help="images per step over all processes")
     add("--lr", type=float, default=1e-4, help="learning rate of the decoder and the last block")
@@ -90,19 +88,13 @@ def get_args(argv=None):
     add("--weight_decay", type=float, default=0.01, help="AdamW's, but for biases, norms and LayerScale")
     add("--drop_path_rate", type=float, default=0.4, help="share of images the last block skips; the first skips none")
     add("--dice_weight", type=float, default=1.0, help="of the Dice loss beside cross-entropy")
-    add("--augment", **flag, default=True, help="affine, light, gamma, noise, grid, flip")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="affine, light, gamma, noise, grid, flip")
     add("--val_every", type=int, default=450, help="steps between validations, of which the best counts")
-    add("--seeds", type=int, default=1, help="training seeds per file and split; their mean is scored")
-    add("--seed", type=int, default=0, help="the first of them, and of the statistics")
-    # the run
+    add = add_run(p, PRESETS, "seg", 32, 450, "steps").add_argument
     add("--tolerance", type=float, default=2.0, help="of surface Dice, in mm where pixel sizes are known, else pixels")
-    add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
-    add("--eval_batch_size", type=int, default=32, help="images per forward pass where nothing is learned")
-    add("--output_dir", default="seg", help="where everything goes; the same command again resumes")
-    add("--save_every", type=int, default=450, help="steps between checkpoints of a run")
     add("--latex", metavar="FILE.tex", help="write the table and the methods text for a paper")
-    p.set_defaults(**PRESETS[preset], preset=preset)
-    args = p.parse_args(argv)
+    args, _ = p.parse(argv, by_data(PRESETS))
     check_args(p, args)
     return args
 
@@ -113,8 +105,8 @@ def check_args(p, args):
         p.error(f"--{', --'.join(of_data)} need --data: phantoms have no files")
     least = dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
                  img_size=1, warmup_iters=0, weight_decay=0, dice_weight=0, shots=1, channels=1, tolerance=0)
-    runtime.check_numbers(p, args, least, shares=("val_fraction", "test_fraction", "drop_path_rate"),
-                          positive=("lr", "layer_decay"))
+    p.check(args, least, shares=("val_fraction", "test_fraction", "drop_path_rate"),
+            positive=("lr", "layer_decay"))
     if min(args.split_seed) < 0 or len({*args.split_seed}) < len(args.split_seed):
         p.error(f"--split_seed must be numbers from 0, each once, not {' '.join(map(str, args.split_seed))}")
     if args.warmup_iters >= args.iters:

@@ -32,6 +32,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from arguments import Parser
 from frames.images import ROW, Frame, count_frames, decode_all, measure
 from frames.leakage import salted
 from frames.lists import list_images
@@ -67,11 +68,9 @@ def add_arguments(parser):
 
 
 def check_arguments(parser, args):
+    parser.check(args, dict(canvas=1, max_per_group=1))
     if not 0 <= args.max_skipped <= 1:
-        parser.error(f"--max_skipped is a share between 0 and 1, not {args.max_skipped}")
-    for name in ("canvas", "max_per_group", "workers"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+        parser.error(f"--max_skipped is a share from 0 to 1, not {args.max_skipped}")
 
 
 def options(args):
@@ -80,15 +79,15 @@ def options(args):
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description="Pack images into square grey canvases.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Pack images into square grey canvases.", usage="%(prog)s SRC [SRC ...] OUT [OPTION ...]")
     parser.add_argument("sources", nargs="+", metavar="SRC",
                         help="recursive folder, text list (a path per line) or CSV (image[,label][,group])")
     parser.add_argument("out", metavar="OUT", help="pack folder to write; must not exist")
     add_arguments(parser)
     parser.add_argument("--workers", type=int, help="decoding processes; all cores if not given")
-    args = parser.parse_args(argv)
+    args, _ = parser.parse(argv)
     check_arguments(parser, args)
+    parser.check(args, dict(workers=1))
     return args
 
 

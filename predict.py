@@ -31,6 +31,7 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 import runtime
+from arguments import Parser
 from frames import phantom
 from frames.images import Frame, count_frames, read_frames, read_image, resize_square
 from frames.lists import list_images
@@ -51,9 +52,8 @@ PART, MOST_FILES = 8, 256  # frames that are read of a file before it is the nex
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
+    p = Parser(__doc__.split("\n")[0])
+    add = p.add_argument_group("what").add_argument
     add("--ckpt", nargs="+", metavar="FILE", help="finished run of finetune_seg.py, or runs of finetune_multi.py; "
         "default: what finetune_seg.py leaves where it is given no --ckpt, " + " or ".join(DEFAULTS))
     add("--data", help="folder, list or file of images; of many tasks the folder with csv_files/; without it phantoms")
@@ -61,12 +61,12 @@ def get_args(argv=None):
     add("--tasks", nargs="+", metavar="TASK", help="many tasks: only these")
     add("--skip_wrong_rows", action=argparse.BooleanOptionalAction, default=False,
         help="many tasks: leave out rows that are wrong, instead of stopping")
+    add = p.add_argument_group("the run").add_argument
     add("--output_dir", help="a new folder, or the same command's of an earlier day; default: masks, or submission")
     add("--batch_size", type=int, default=32, help="images per forward pass")
     add("--dtype", choices=("bfloat16", "float32"), help="of matrix products; default: bfloat16 on a GPU")
-    args = p.parse_args(argv)
-    if args.batch_size < 1:
-        p.error(f"--batch_size must be at least 1, not {args.batch_size}")
+    args, _ = p.parse(argv)
+    p.check(args, dict(batch_size=1))
     if args.exclude and args.data is None:
         p.error("--exclude needs --data")
     return args

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import kernels
 import pack
 import runtime
+from arguments import Parser, in_words
 from data import PretrainBatches, to_device
 from kernels import all_reduce
 from losses import Network, draw_drops, student_losses, target_health, teacher_targets
@@ -34,6 +35,9 @@ from runtime import parameter_groups
 
 # DINOv2's constants that nobody tunes (its ssl_default_config)
 FINAL_MOMENTUM, MIN_LR, ADAM_BETAS = 1.0, 1e-6, (0.9, 0.999)
+DINO_WEIGHT, IBOT_WEIGHT = 1.0, 1.0  # of the losses
+WEIGHT_DECAY_END = 0.4
+WARMUP_TEACHER_TEMP_FRACTION, FREEZE_LAST_LAYER_FRACTION = 0.3, 0.01  # shares of the run
 ROPE_RESCALE = 2.0  # DINOv3's
 LR_BATCH = 1024  # the learning rate is base_lr * sqrt(batch / LR_BATCH)
 PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED = 12_000, 64, 0
@@ -62,95 +66,85 @@ NOT_RECIPE = PATHS | {*pack.OPTIONS, "num_workers", "log_every", "save_every", "
 
 
 def get_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, help="recipe; ultradino with a GPU and --data, else cpu")
-    first.add_argument("--data", nargs="+", help="folders, text or CSV lists, or a pack; without it phantom images")
-    first.add_argument("--init", metavar="FILE",
-                       help="go on from this backbone, with fresh heads; needed to resume, too")
-    chosen, _ = first.parse_known_args(argv)
-    preset = chosen.preset or ("ultradino" if torch.cuda.is_available() and chosen.data else "cpu")
+    p = Parser(__doc__.split("\n")[0], epilog="Defaults are those of --preset ultradino. "
+               f"cpu has {in_words(PRESETS['cpu'])}. --init adds {in_words(INIT['ultradino'])}; "
+               f"with cpu {in_words(INIT['cpu'])}.")
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # data
-    pack.add_arguments(p)
-    p.add_argument("--output_dir", default=".", help="where last.pt, log.jsonl and a new pack go")
-    p.add_argument("--num_workers", type=int, default=4, help="processes that read the pack, per GPU")
-    # model
-    p.add_argument("--arch", choices=SIZES, default="vit_small", help="size of the transformer")
-    p.add_argument("--pos", choices=("learned", "rope"), default="learned", help="positions: DINOv2's or DINOv3's")
-    p.add_argument("--rope_rescale", type=float, default=ROPE_RESCALE, help="--pos rope: most stretching; 1 is none")
-    p.add_argument("--patch_size", type=int, default=16, help="pixels; crop sizes must be multiples of it")
-    p.add_argument("--num_register_tokens", type=int, default=4, help="extra tokens without a position")
-    p.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale; larger learns faster when small")
-    p.add_argument("--init_std", type=float, default=0.02,
-                   help="of linear layers; narrow networks start faster near width ** -0.5")
-    p.add_argument("--drop_path_rate", type=float, default=0.3, help="share of images each student block skips")
-    p.add_argument("--head_n_prototypes", type=int, default=65536, help="K; fewer for small data or small batches")
-    p.add_argument("--head_hidden_dim", type=int, default=2048, help="width of the projection head")
-    p.add_argument("--head_bottleneck_dim", type=int, default=256, help="width before the prototypes")
-    p.add_argument("--separate_head", **flag, help="patches get a head of their own (DINOv2's long recipe)")
-    # crops and masks
-    p.add_argument("--global_crops_size", type=int, default=224, help="pixels")
-    p.add_argument("--global_crops_scale", type=float, nargs=2, default=[0.32, 1.0], help="share of the image's area")
-    p.add_argument("--local_crops_number", type=int, default=8, help="local crops per image")
-    p.add_argument("--local_crops_size", type=int, default=96, help="pixels")
-    p.add_argument("--local_crops_scale", type=float, nargs=2, default=[0.05, 0.32], help="share of the image's area")
-    p.add_argument("--flip", choices=("vertical", "horizontal", "none"), default="vertical",
-                   help="of half the crops: vertical is UltraDINO's, horizontal is what turning a probe does")
-    p.add_argument("--blur_compat", action=argparse.BooleanOptionalAction, default=True,
-                   help="blur crops as DINOv2's released code does (probabilities 0, 0.9, 0.5), not as written "
-                        "(1, 0.1, 0.5)")
-    p.add_argument("--mask_sample_probability", type=float, default=0.5, help="share of global crops that are masked")
-    p.add_argument("--mask_ratio_min_max", type=float, nargs=2, default=[0.1, 0.5],
-                   help="share of patches masked in them")
-    p.add_argument("--mask_tissue", **flag, help="masked patches that are black count in no iBOT loss or target")
-    # losses
-    p.add_argument("--centering", choices=("centering", "sinkhorn_knopp"), default="centering",
-                   help="how teacher targets are balanced; sinkhorn_knopp is steadier with small batches")
-    p.add_argument("--teacher_temp", type=float, default=0.07, help="sharpness of the targets after the warm-up")
-    p.add_argument("--warmup_teacher_temp", type=float, default=0.04, help="the same at the start")
-    p.add_argument("--warmup_teacher_temp_fraction", type=float, default=0.3,
-                   help="length of that warm-up, share of the run")
-    p.add_argument("--dino_loss_weight", type=float, default=1.0, help="weight of the loss on class tokens")
-    p.add_argument("--ibot_loss_weight", type=float, default=1.0, help="weight of the loss on masked patches")
-    p.add_argument("--koleo_loss_weight", type=float, default=0.1, help="weight of the spreading loss")
-    # optimisation
-    p.add_argument("--total_samples", type=int, default=256_000_000, help="budget in images seen, over all GPUs")
-    p.add_argument("--batch_size_per_gpu", type=int, default=128, help="images per GPU and micro-batch")
-    p.add_argument("--accum_iter", type=int, default=1,
-                   help="micro-batches per step; equals a larger batch, but for KoLeo")
-    p.add_argument("--base_lr", type=float, default=4e-3,
-                   help="learning rate at a batch of 1024; scales as its square root")
-    p.add_argument("--warmup_fraction", type=float, default=0.1, help="learning-rate warm-up, share of the run")
-    p.add_argument("--weight_decay", type=float, default=0.04, help="at the start")
-    p.add_argument("--weight_decay_end", type=float, default=0.4, help="at the end")
-    p.add_argument("--momentum_teacher", type=float, default=0.992, help="of the teacher's average; rises to 1")
-    p.add_argument("--layerwise_decay", type=float, default=0.9,
-                   help="learning-rate factor per block towards the input")
-    p.add_argument("--freeze_last_layer_fraction", type=float, default=0.01, help="prototypes wait, share of the run")
-    p.add_argument("--freeze_backbone_fraction", type=float, default=0.0,
-                   help="only heads learn, share of the run; for --init")
-    p.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm, for backbone and heads apart")
-    # the run
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
-    p.add_argument("--compile", **flag,
-                   help="torch.compile the blocks: fewer passes over memory, after minutes of compiling")
-    p.add_argument("--checkpoint_activations", **flag,
-                   help="compute each block twice instead of remembering it: less memory, slower")
-    p.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
-    p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
-    p.add_argument("--reference_ops", **flag, help="plain torch instead of the Triton kernels, to compare the two")
-    p.set_defaults(**{**PRESETS[preset], **(INIT[preset] if chosen.init else {}), "preset": preset})
-    args = p.parse_args(argv)
+    add = p.add_argument_group("recipe").add_argument
+    add("--preset", choices=PRESETS, help="ultradino with a GPU and --data, else cpu, a small one")
+    add("--init", metavar="FILE", help="go on from this backbone, with fresh heads; needed to resume, too")
+    data = p.add_argument_group("data")
+    data.add_argument("--data", nargs="+", help="folders, text or CSV lists, or a pack; without it phantom images")
+    pack.add_arguments(data)
+    add = data.add_argument
+    add("--output_dir", default=".", help="where last.pt, log.jsonl and a new pack go")
+    add("--num_workers", type=int, default=4, help="processes that read the pack, per GPU")
+    add = p.add_argument_group("model").add_argument
+    add("--arch", choices=SIZES, default="vit_small", help="size of the transformer")
+    add("--pos", choices=("learned", "rope"), default="learned", help="positions: DINOv2's or DINOv3's")
+    add("--rope_rescale", type=float, default=ROPE_RESCALE, help="--pos rope: most stretching; 1 is none")
+    add("--patch_size", type=int, default=16, help="pixels; crop sizes must be multiples of it")
+    add("--num_register_tokens", type=int, default=4, help="extra tokens without a position")
+    add("--layerscale", type=float, default=1e-5, help="initial LayerScale; larger learns faster when small")
+    add("--init_std", type=float, default=0.02,
+        help="of linear layers; narrow networks start faster near width ** -0.5")
+    add("--drop_path_rate", type=float, default=0.3, help="share of images each student block skips")
+    add("--head_n_prototypes", type=int, default=65536, help="K; fewer for small data or small batches")
+    add("--head_hidden_dim", type=int, default=2048, help="width of the projection head")
+    add("--head_bottleneck_dim", type=int, default=256, help="width before the prototypes")
+    add("--separate_head", **flag, help="patches get a head of their own (DINOv2's long recipe)")
+    add = p.add_argument_group("crops and masks").add_argument
+    add("--global_crops_size", type=int, default=224, help="pixels")
+    add("--global_crops_scale", type=float, nargs=2, default=[0.32, 1.0], help="share of the image's area")
+    add("--local_crops_number", type=int, default=8, help="local crops per image")
+    add("--local_crops_size", type=int, default=96, help="pixels")
+    add("--local_crops_scale", type=float, nargs=2, default=[0.05, 0.32], help="share of the image's area")
+    add("--flip", choices=("vertical", "horizontal", "none"), default="vertical",
+        help="of half the crops: vertical is UltraDINO's, horizontal is what turning a probe does")
+    add("--blur_compat", action=argparse.BooleanOptionalAction, default=True,
+        help="blur crops as DINOv2's released code does (probabilities 0, 0.9, 0.5), not as written "
+        "(1, 0.1, 0.5)")
+    add("--mask_sample_probability", type=float, default=0.5, help="share of global crops that are masked")
+    add("--mask_ratio_min_max", type=float, nargs=2, default=[0.1, 0.5], help="share of patches masked in them")
+    add("--mask_tissue", **flag, help="masked patches that are black count in no iBOT loss or target")
+    add = p.add_argument_group("losses").add_argument
+    add("--centering", choices=("centering", "sinkhorn_knopp"), default="centering",
+        help="how teacher targets are balanced; sinkhorn_knopp is steadier with small batches")
+    add("--teacher_temp", type=float, default=0.07, help="sharpness of the targets after the warm-up")
+    add("--warmup_teacher_temp", type=float, default=0.04, help="the same at the start")
+    add("--koleo_loss_weight", type=float, default=0.1, help="weight of the spreading loss")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--total_samples", type=int, default=256_000_000, help="budget in images seen, over all GPUs")
+    add("--batch_size_per_gpu", type=int, default=128, help="images per GPU and micro-batch")
+    add("--accum_iter", type=int, default=1, help="micro-batches per step; equals a larger batch, but for KoLeo")
+    add("--base_lr", type=float, default=4e-3, help="learning rate at a batch of 1024; scales as its square root")
+    add("--warmup_fraction", type=float, default=0.1, help="learning-rate warm-up, share of the run")
+    add("--weight_decay", type=float, default=0.04, help="at the start")
+    add("--momentum_teacher", type=float, default=0.992, help="of the teacher's average; rises to 1")
+    add("--layerwise_decay", type=float, default=0.9, help="learning-rate factor per block towards the input")
+    add("--freeze_backbone_fraction", type=float, default=0.0, help="only heads learn, share of the run; for --init")
+    add("--clip_grad", type=float, default=3.0, help="largest gradient norm, for backbone and heads apart")
+    add = p.add_argument_group("the run").add_argument
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
+    add("--compile", **flag, help="torch.compile the blocks: fewer passes over memory, after minutes of compiling")
+    add("--checkpoint_activations", **flag,
+        help="compute each block twice instead of remembering it: less memory, slower")
+    add("--save_every", type=int, default=1000, help="steps between checkpoints")
+    add("--log_every", type=int, default=20, help="steps between log lines")
+    add("--reference_ops", **flag, help="plain torch instead of the Triton kernels, to compare the two")
+
+    def preset(args):
+        name = args.preset or ("ultradino" if torch.cuda.is_available() and args.data else "cpu")
+        return {**PRESETS[name], **(INIT[name] if args.init else {}), "preset": name}
+
+    args, given = p.parse(argv, preset)
     if args.init:
-        given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # what has no flag stays None
-        if decided := [f"--{name}" for name in FROM_FILE if given[name] is not None]:
+        if decided := [f"--{name}" for name in FROM_FILE if name in given]:
             p.error(f"{', '.join(decided)} beside --init: the file decides; leave it out")
         if args.init.startswith("timm:"):
             p.error(f"--init {args.init}: training goes on in this project's own transformer only; name a file")
-        args.fit_crops = [name for name in CROP_SIZES if given[name] is None]  # until open_init knows the patch size
+        args.fit_crops = [name for name in CROP_SIZES if name not in given]  # until open_init knows the patch size
     check_args(p, args)
     return args
 
@@ -160,18 +154,13 @@ def check_args(p, args):
     if not args.init:
         check_crops(args, "--patch_size")
         check_rescale(args)
-    for name, least in dict(batch_size_per_gpu=1, accum_iter=1, total_samples=1, save_every=1, log_every=1, seed=0,
-                            head_n_prototypes=2, local_crops_number=0, num_workers=0, num_register_tokens=0,
-                            rope_rescale=1).items():
-        if getattr(args, name) < least:
-            p.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    for name in ("teacher_temp", "warmup_teacher_temp", "clip_grad", "base_lr", "init_std"):
-        if getattr(args, name) <= 0:
-            p.error(f"--{name} must be positive, not {getattr(args, name)}")
-    for name in ("drop_path_rate", "mask_sample_probability", "warmup_fraction", "warmup_teacher_temp_fraction",
-                 "freeze_last_layer_fraction", "freeze_backbone_fraction", "momentum_teacher"):
-        if not 0 <= getattr(args, name) <= 1 or (name == "drop_path_rate" and args.drop_path_rate == 1):
-            p.error(f"--{name} is a share between 0 and 1, not {getattr(args, name)}")
+    p.check(args, dict(batch_size_per_gpu=1, accum_iter=1, total_samples=1, save_every=1, log_every=1, seed=0,
+                       head_n_prototypes=2, local_crops_number=0, num_workers=0, num_register_tokens=0, rope_rescale=1),
+            shares=("drop_path_rate",),
+            positive=("teacher_temp", "warmup_teacher_temp", "clip_grad", "base_lr", "init_std"))
+    for name in ("mask_sample_probability", "warmup_fraction", "freeze_backbone_fraction", "momentum_teacher"):
+        if not 0 <= getattr(args, name) <= 1:
+            p.error(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
     for name in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
         low, high = getattr(args, name)
         if not 0 <= low <= high <= 1:
@@ -257,7 +246,7 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
     """
     dtype, temp, terms, student_buffers = getattr(torch, args.dtype), values["teacher_temp"], [], buffers[0]
     cast = torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32)
-    weights = args.dino_loss_weight, args.ibot_loss_weight, args.koleo_loss_weight * args.batch_size_per_gpu / batch
+    weights = DINO_WEIGHT, IBOT_WEIGHT, args.koleo_loss_weight * args.batch_size_per_gpu / batch
     with cast:
         targets, new_centers = teacher_targets(teacher, micros, centers, temp, args.centering, dtype)
     for micro, *target, draw in zip(micros, *targets, draws):
@@ -296,11 +285,11 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
 
 def schedules(args, steps, batch):
     """Every value that changes over the run: dict of arrays (steps,)."""
-    warmup, temp_warmup, last_layer, backbone = (int(getattr(args, f"{name}_fraction") * steps) for name in (
-        "warmup", "warmup_teacher_temp", "freeze_last_layer", "freeze_backbone"))
+    warmup, temp_warmup, last_layer, backbone = (int(share * steps) for share in (
+        args.warmup_fraction, WARMUP_TEACHER_TEMP_FRACTION, FREEZE_LAST_LAYER_FRACTION, args.freeze_backbone_fraction))
     return {
         "lr": runtime.cosine_schedule(args.base_lr * math.sqrt(batch / LR_BATCH), MIN_LR, steps, warmup),
-        "weight_decay": runtime.cosine_schedule(args.weight_decay, args.weight_decay_end, steps),
+        "weight_decay": runtime.cosine_schedule(args.weight_decay, WEIGHT_DECAY_END, steps),
         "momentum": runtime.cosine_schedule(args.momentum_teacher, FINAL_MOMENTUM, steps),
         "teacher_temp": runtime.linear_then_constant(args.warmup_teacher_temp, args.teacher_temp, steps, temp_warmup),
         "freeze_last_layer": np.arange(steps) < last_layer,

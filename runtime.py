@@ -124,22 +124,6 @@ def git_commit():
         return "unknown"
 
 
-# ---------------------------------------------------------------- arguments
-
-def check_numbers(p, args, least, shares, positive):
-    """End with argparse's error where an argument is below its `least` {name: number}, a share is not from 0 to below
-    1, or what must be positive is not; None, where no argument was given, is fine."""
-    for name, low in least.items():
-        if getattr(args, name) is not None and not low <= getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
-    for name in shares:
-        if not 0 <= getattr(args, name) < 1:
-            p.error(f"--{name} is a share from 0 to below 1, not {getattr(args, name)}")
-    for name in positive:
-        if not 0 < getattr(args, name) < float("inf"):
-            p.error(f"--{name} must be positive, not {getattr(args, name)}")
-
-
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, checkpoint):

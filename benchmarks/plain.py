@@ -232,8 +232,7 @@ def losses(student, micro, targets, args, kept, use):
     global_term = 2 * use.dino_loss([logits[1]], [torch.cat(cls_targets)]) / (2 * L + 2)
     ibot = use.ibot_loss(logits[2][:n], patch_targets, micro["mask_weight"][:n], len(cls))
     koleo = sum(koleo_loss(x) for x in cls.chunk(2))
-    return torch.stack((local_term * args.dino_loss_weight, global_term * args.dino_loss_weight,
-                        ibot * args.ibot_loss_weight, koleo * args.koleo_loss_weight))
+    return torch.stack((local_term, global_term, ibot, koleo * args.koleo_loss_weight))
 
 
 # ---------------------------------------------------------------- the step

@@ -18,11 +18,12 @@ Start = collections.namedtuple("Start", "model file name seed draw backbone info
 DEFAULT_SIZE = 224  # of images, where no file of pretrain.py tells
 
 
-def add_arguments(p, frozen=True):
-    """The flags that every comparison takes; `frozen`: also those of frozen features."""
+def add_arguments(p, frozen=True, ckpt=None):
+    """The flags that every comparison takes; `frozen`: also those of frozen features. ckpt: the default."""
     add = p.add_argument
-    add("--ckpt", nargs="+", metavar="MODEL", help="FILE, NAME=FILE, NAME=FILE,FILE,... (pretraining seeds), none (the "
-        "first file's network without its weights) or timm:NAME; the first is compared with the others")
+    add("--ckpt", nargs="+", metavar="MODEL", default=ckpt, help="FILE, NAME=FILE, NAME=FILE,FILE,... (pretraining "
+        "seeds), none (the first file's network without its weights) or timm:NAME; the first is compared with the "
+        "others")
     if frozen:
         add("--features", nargs="+", default=[], metavar="NAME=FILE", help="another model's frozen vectors, .npz")
     add("--img_size", type=int, help="side that images are squashed to, the same for all models, but for the nearest "

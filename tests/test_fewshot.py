@@ -403,11 +403,11 @@ ERRORS = {  # flags, functions of a folder among them; words of the sentence
     "bad regex": (["--data", save_images, "--group_regex", "(p"], ["--group_regex", "unterminated"]),
     "foreign json": (["--json", foreign_json], ["notes.json", "not written by fewshot.py"]),
     "json nowhere": (["--json", "nowhere/a.json"], ["nowhere/a.json", "folder"]),
-    "unknown flag": (["--shot", 5], ["unrecognized arguments: --shot"]),
+    "unknown flag": (["--shot", 5], ["--shot: no such option"]),
     "no shots": (["--shots", 0], ["at least 1"]),
     "bad C": (["--C", "-1"], ["argument --C", "positive number or 'support'"]),
     "no steps": (["--finetune_steps", 0], ["--finetune_steps must be at least 1"]),
-    "no rate": (["--lr", 0], ["--lr and --layer_decay above 0"]),
+    "no rate": (["--lr", 0], ["--lr must be positive, not 0.0"]),
     "classifier": (["--classifiers", "svm"], ["invalid choice: 'svm'"]),
     "two of a name": (["--ckpt", "last.pt", "pixels=last.pt"], ["two models are called 'pixels'"]),
     "features": (["--features", "no.npz"], ["--features no.npz", "No such file"]),
@@ -429,7 +429,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, flags, words):
         fewshot.main(fewshot.get_args(flags))
     out, error = capsys.readouterr()
     assert left.value.code == 2 and not out
-    sentence = error.strip().split("\n")[-1]  # argparse puts its usage above
+    sentence, = error.strip().split("\n")
     assert ": error: " in sentence and all(word in sentence for word in words), error
     assert not (tmp_path / "fewshot.json").exists()
 

@@ -106,7 +106,7 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
                                        ["--linear or --knn", "--predictions"]),
     # flags
     "two protocols": (None, (*WITH, "--linear", "--knn"), ["--linear and --knn", "one at a time"]),
-    "unknown flag": (None, (*WITH, "--epoch", 3), ["unrecognized arguments: --epoch"]),
+    "unknown flag": (None, (*WITH, "--epoch", 3), ["--epoch: no such option"]),
     "batch of one": (None, (*WITH, "--batch_size", 1), ["--batch_size must be at least 2, not 1"]),
     "no epochs": (None, (*WITH, "--epochs", 0), ["--epochs must be at least 1"]),
     "no seeds": (None, (*WITH, "--seeds", 0), ["--seeds must be at least 1"]),

@@ -113,8 +113,8 @@ ERRORS = {  # what is prepared (or None), flags, words of the sentence
     "predictions of another class": (theirs(lambda mask: mask + np.uint8(2)), THEIRS,
                                      [f"theirs/images/{TEST}", "classes"]),
     # flags
-    "features": (None, (*WITH, "--features", "x.npz"), ["unrecognized arguments: --features"]),
-    "unknown flag": (None, (*WITH, "--iter", 3), ["unrecognized arguments: --iter"]),
+    "features": (None, (*WITH, "--features", "x.npz"), ["--features: no such option"]),
+    "unknown flag": (None, (*WITH, "--iter", 3), ["--iter: no such option"]),
     "no steps": (None, (*WITH, "--iters", 0), ["--iters must be at least 1"]),
     "all warm-up": (None, (*WITH, "--warmup_iters", 4), ["--warmup_iters 4 must be fewer than --iters 4"]),
     "no images in a batch": (None, (*WITH, "--batch_size", 0), ["--batch_size must be at least 1"]),

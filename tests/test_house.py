@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "finetune_cls", "finetune_seg", "finetune_multi", "fewshot", "predict")
 # from the ground up; a room, a folder or a file, imports from floors below its own, and from rooms of its own floor
 # where no circle comes of it
-FLOORS = (("kernels", "frames", "runtime"), ("model", "data"), ("losses", "labelled"), ("networks", "scores"),
-          ("training", "pack"), STAGES, ("tools",), ("benchmarks",))
+FLOORS = (("arguments", "kernels", "frames", "runtime"), ("model", "data"), ("losses", "labelled"),
+          ("networks", "scores"), ("training", "pack"), STAGES, ("tools",), ("benchmarks",))
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MOST_LINES, DOORS = 500, 12  # of a file; Python files in the top folder
 

@@ -331,7 +331,7 @@ def test_a_log_without_its_checkpoint_is_kept_aside(packed, tmp_path):
     (["--teacher_temp", "0"], "--teacher_temp must be positive"),
     (["--data", "none"], "none: no such file or folder"),
     (["--data", "empty"], "no images found"),
-    (["--local_crops_numbers", "3"], "unrecognized arguments: --local_crops_numbers"),
+    (["--local_crops_numbers", "3"], "--local_crops_numbers: no such option"),
     (["--local_crops_size", "30"], "--local_crops_size 30 is not a multiple of --patch_size 8"),
     (["--drop_path_rate", "1.0"], "--drop_path_rate is a share between 0 and 1")])
 def test_bad_arguments_get_a_sentence(tmp_path, args, says):

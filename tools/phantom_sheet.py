@@ -3,21 +3,21 @@
     python -m tools.phantom_sheet sheet.png
 """
 
-import argparse
 
 from PIL import Image, ImageDraw
 
 import runtime
+from arguments import Parser
 from frames.phantom import MASK_PLANES, PLANES, phantom_images, phantom_masks
 from frames.shapes import outlined
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n")[0], usage="%(prog)s OUT.png [OPTION ...]")
     parser.add_argument("out", metavar="OUT.png", help="image to write")
     parser.add_argument("--size", type=int, default=160, help="pixels of one image")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other patients")
-    return parser.parse_args(argv)
+    return parser.parse(argv)[0]
 
 
 def main(args):

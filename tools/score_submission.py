@@ -7,6 +7,7 @@
 import argparse
 
 import runtime
+from arguments import Parser
 from labelled.fmc_uia import read_tasks
 from scores.challenge import score_submission, table
 from scores.report import check_output, write_json
@@ -15,13 +16,13 @@ SCRIPT = "tools/score_submission.py"
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = Parser(__doc__.split("\n")[0], usage="%(prog)s OUT --data DATA [OPTION ...]")
     p.add_argument("out", help="the submission's folder")
     p.add_argument("--data", required=True, help="the labelled data: the folder with csv_files, or one of CSVs")
     p.add_argument("--skip_wrong_rows", action=argparse.BooleanOptionalAction, default=False,
                    help="leave out rows that are wrong, instead of stopping")
     p.add_argument("--json", help="file to write all scores to")
-    return p.parse_args(argv)
+    return p.parse(argv)[0]
 
 
 def main(args):
