@@ -15,7 +15,8 @@ from frames.leakage import overlap
 from frames.lists import groups_have_names
 from runtime import git_commit, rename_aside
 from scores.metrics import CLASSIFICATION_SCORES, confusion, per_class
-from scores.stats import detectable_difference, group_weights, holm, interval, replicate_scores, sign_flip_test
+from scores.stats import (detectable_difference, group_weights, holm, interval, replicate_scores, sign_flip_test,
+                          standard_error)
 
 REPLICATES, FLIPS = 2000, 10_000  # of the cluster bootstrap, of the sign-flip test
 PRIMARY = "macro F1"  # what epochs and heads are chosen by
@@ -85,11 +86,6 @@ def differences(replicates, p, several):
 def number(value):
     """A float for JSON, which knows no nan."""
     return float(value) if np.isfinite(value) else None
-
-
-def standard_error(replicates):
-    drawn = replicates[1:][~np.isnan(replicates[1:])]
-    return drawn.std(ddof=1) if len(drawn) > 1 else np.nan
 
 
 def three(found, several):

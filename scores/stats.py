@@ -174,15 +174,20 @@ def interval(replicates, level=0.95):
     return float(replicates[0]), float(low), float(high)
 
 
+def standard_error(replicates):
+    """Standard deviation of replicates (1 + R,) but the estimate, the first, and nan; of fewer than two left, nan."""
+    drawn = replicates[1:][~np.isnan(replicates[1:])]
+    return drawn.std(ddof=1) if len(drawn) > 1 else np.nan
+
+
 def detectable_difference(replicates):
     """The smallest true difference that a two-sided test at 5 % finds with a power of 80 %: 2.80 standard errors.
 
     Replicates (1 + R,) of the difference of two models, the estimate first; their standard deviation is the standard
     error of the difference on a test set of this size.
     """
-    drawn = replicates[1:][~np.isnan(replicates[1:])]
     z = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.80)
-    return float(z * drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
+    return float(z * standard_error(replicates))
 
 
 def limits_of_agreement(differences, weights=None, groups=None):
@@ -229,9 +234,8 @@ def sign_flip_test(labels, a, b, groups, seed=0, flips=10_000, ranked=True):
     right_a, right_b = ((scores.argmax(2) == labels).mean(0) for scores in (a, b))  # (n,)
     counts, difference = np.bincount(labels, minlength=K), right_a - right_b
     areas = sum(_auroc_shares(labels, *pair) for pair in zip(a, b)) if ranked else np.full(n, np.nan)
-    # these three differences of scores are sums over images, but for a factor, which changes no p: (G, 3)
-    shares = _group_sums(np.stack((difference, difference / counts[labels], areas)), groups, G)
-    p = [_flip_p(share[:, None], lambda x: x[:, 0], seed, flips) for share in shares.T]
+    # these three differences of scores are sums over images, but for a factor, which changes no p
+    p = [_flip_p_of_sum(shares, groups, seed, flips) for shares in (difference, difference / counts[labels], areas)]
 
     # that of macro F1 is no such sum: it needs the totals of right and of predicted images of each class
     cells = np.empty((2, G, n_runs, 2, K))
@@ -262,8 +266,8 @@ def sign_flip_means(a, b, groups, seed=0, flips=10_000):
         raise ValueError(f"values of {len(a)} and of {len(b)} images cannot be compared: both must be of the same ones")
     difference, groups = a - b, _checked_groups(groups, len(a))
     known = ~np.isnan(difference)
-    sums = _group_sums(np.where(known, difference, 0)[None], groups, int(groups.max()) + 1)  # (G, 1)
-    return _flip_p(sums, lambda x: x[:, 0], seed, flips) if known.any() else float("nan")
+    shares = np.where(known, difference, 0)
+    return _flip_p_of_sum(shares, groups, seed, flips) if known.any() else float("nan")
 
 
 def sign_flip_class_means(a, b, groups, seed=0, flips=10_000):
@@ -279,8 +283,7 @@ def sign_flip_class_means(a, b, groups, seed=0, flips=10_000):
     groups = _checked_groups(groups, len(known))
     difference = np.where(known, a.mean(0) - b.mean(0), 0)
     shares = (difference / known.sum(0).clip(1)).sum(1)  # (n,): of the sum over classes of their means' differences
-    sums = _group_sums(shares[None], groups, int(groups.max()) + 1)  # (G, 1)
-    return _flip_p(sums, lambda x: x[:, 0], seed, flips) if known.any() else float("nan")
+    return _flip_p_of_sum(shares, groups, seed, flips) if known.any() else float("nan")
 
 
 def sign_flip_pooled(a, b, groups, seed=0, flips=10_000, score=dice):
@@ -325,6 +328,12 @@ def _auroc_shares(labels, a, b):
             lower = sum(rank_bounds(ranks[:, side], np.sort(ranks[:, ~side], axis=None)))
             shares[side] += sign * (lower[0] - lower[1]) / (own.sum() * (~own).sum())
     return shares
+
+
+def _flip_p_of_sum(shares, groups, seed, flips):
+    """p of a difference that is the sum of the shares of images (n,)."""
+    sums = _group_sums(shares[None], groups, int(groups.max()) + 1)  # (G, 1)
+    return _flip_p(sums, lambda x: x[:, 0], seed, flips)
 
 
 def _flip_p(parts, statistic, seed, flips):
