@@ -56,32 +56,31 @@ def runs_of(model):
                for name, part in model.items()}
 
 
+def scored(model, unit, measured):
+    """{score: (function of its replicates, of its test, what both take of the model, their last arguments)}."""
+    values, counts = model["values"], model["counts"]
+    means = class_mean_replicates, sign_flip_class_means
+    found = {with_unit(score, unit): (*means, values[score][..., 1:], ()) for score in MASK_SCORES}
+    for score in OVERLAPS:
+        found[f"{score} with background"] = (*means, values[score], ())
+    for name, (score, first) in POOLED.items():
+        found[name] = pooled_replicates, sign_flip_pooled, counts[:, :, first:], (score,)
+    if measured is not None:
+        found[CIRCUMFERENCE] = mean_replicates, sign_flip_means, circumference_error(model, measured), ()
+    return found
+
+
 def replicates_of(model, unit, measured, groups, weights):
     """{score: (1 + R,)}, the estimate first."""
-    found = {with_unit(score, unit): class_mean_replicates(model["values"][score][..., 1:], groups, weights)
-             for score in MASK_SCORES}
-    for score in OVERLAPS:
-        found[f"{score} with background"] = class_mean_replicates(model["values"][score], groups, weights)
-    for name, (score, first) in POOLED.items():
-        found[name] = pooled_replicates(model["counts"][:, :, first:], groups, weights, score)
-    if measured is not None:
-        found[CIRCUMFERENCE] = mean_replicates(circumference_error(model, measured), groups, weights)
-    return found
+    return {name: replicates(values, groups, weights, *last)
+            for name, (replicates, _, values, last) in scored(model, unit, measured).items()}
 
 
 def tests_of(a, b, unit, measured, groups, seed):
     """{score: two-sided p that models a and b score alike}."""
-    found = {with_unit(score, unit): sign_flip_class_means(a["values"][score][..., 1:], b["values"][score][..., 1:],
-                                                           groups, seed, FLIPS) for score in MASK_SCORES}
-    for score in OVERLAPS:
-        found[f"{score} with background"] = sign_flip_class_means(a["values"][score], b["values"][score], groups, seed,
-                                                                  FLIPS)
-    for name, (score, first) in POOLED.items():
-        found[name] = sign_flip_pooled(a["counts"][:, :, first:], b["counts"][:, :, first:], groups, seed, FLIPS, score)
-    if measured is not None:
-        found[CIRCUMFERENCE] = sign_flip_means(circumference_error(a, measured), circumference_error(b, measured),
-                                               groups, seed, FLIPS)
-    return found
+    others = scored(b, unit, measured)
+    return {name: test(values, others[name][2], groups, seed, FLIPS, *last)
+            for name, (_, test, values, last) in scored(a, unit, measured).items()}
 
 
 # ---------------------------------------------------------------- each class, the heads
