@@ -3,7 +3,7 @@
 import numpy as np
 
 from scores.metrics import MASK_SCORES, dice, iou
-from scores.report import COLUMN, FLIPS, REPLICATES, cell, decimals, differences, number, row, scores_of, shorten, three
+from scores.report import COLUMN, FLIPS, REPLICATES, as_text, cell, differences, number, row, scores_of, shorten, three
 from scores.stats import (class_mean_replicates, group_weights, limits_of_agreement, mean_replicates, pooled_replicates,
                           sign_flip_class_means, sign_flip_means, sign_flip_pooled)
 
@@ -129,7 +129,7 @@ def mask_class_table(found):
     for label in found["classes"][1:]:
         for i, (name, model) in enumerate(found["models"].items()):
             own = model["per class"][label]
-            texts = ["-" if own[score] is None else f"{own[score]:.{decimals(score)}f}" for score in ("Dice", distance)]
+            texts = [as_text(own[score], score) for score in ("Dice", distance)]
             alarms = "-" if own["false alarms"] is None else (
                 f"{own['false alarms']:.3f} of {found['images'] - own['images']:,}")
             lines.append(row("" if i else f"  {label}, {own['images']:,}", (shorten(name, COLUMN - 1), *texts, alarms)))

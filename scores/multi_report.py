@@ -14,7 +14,7 @@ from collections import namedtuple
 import numpy as np
 
 from scores.metrics import mean_ratio
-from scores.report import FEW_GROUPS, FLIPS, REPLICATES, cell, count, decimals, number, p_value, shorten, three
+from scores.report import FEW_GROUPS, FLIPS, REPLICATES, as_text, cell, count, number, p_value, shorten, three
 from scores.stats import (class_mean_replicates, group_weights, holm, interval, mean_replicates, replicate_scores,
                           sign_flip_class_means, sign_flip_means, sign_flip_test)
 
@@ -263,10 +263,6 @@ def task_lines(task, about):
         p = "" if gained is None else "-" if gained["p"] is None else p_value(gained["p (Holm)"])
         yield aligned([f"    {shorten(paradigm, 17)}", cell(own["score"], score), as_text(own["sd"], score),
                        own["beats trivial"], *gain_texts(gained, score, p)])
-
-
-def as_text(value, score):
-    return "-" if value is None else f"{value:.{decimals(score)}f}"
 
 
 def gain_texts(gained, score, beside):

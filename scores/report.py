@@ -137,6 +137,10 @@ def decimals(score):
     return 2 if score.endswith("]") else 3  # a score with a unit is a length, others go from 0 to 1
 
 
+def as_text(value, score):
+    return "-" if value is None else f"{value:.{decimals(score)}f}"
+
+
 def cell(found, score, signed=False):
     form = f"{'+' if signed else ''}.{decimals(score)}f"
     if found["low"] is None:
@@ -195,7 +199,7 @@ def class_table(found):
         lines.append(row("F1 of each class", [shorten(name, COLUMN - 1) for name in shown]))
         for label in found["classes"]:
             values = [found["models"][name]["per class, pooled over runs"][label]["f1"] for name in shown]
-            lines.append(row(f"  {label}", ["-" if value is None else f"{value:.3f}" for value in values]))
+            lines.append(row(f"  {label}", [as_text(value, "F1") for value in values]))
     return lines
 
 
