@@ -14,8 +14,6 @@ import argparse
 import collections
 import hashlib
 import os
-import shlex
-import sys
 
 import numpy as np
 import torch
@@ -31,10 +29,10 @@ from model import SIZES
 from networks.baselines import (DEFAULT_SIZE, add_arguments, check_names, common_network, default_models,
                                 files_and_seeds, list_models, named_files, open_backbone, open_runs, own_size)
 from networks.weights import trained_weights
+from scores.class_report import by_column, by_table, class_table, compare
 from scores.exchange import read_features, read_predictions
 from scores.plots import confusion_png
-from scores.report import (STATISTICS, by_column, by_table, check_output, class_table, compare, count, counts_line,
-                           detectable_sentence, few_groups, files_of, find_copies, latex, runs_text, slug, table,
+from scores.report import (check_output, counts_line, files_of, find_copies, latex, methods_text, report_lines, slug,
                            write_json, write_predictions, write_split, write_text)
 from training import classifier
 from training.features import BLOCKS, cached_features
@@ -42,7 +40,6 @@ from training.probes import knn, linear_grid, validation_f1
 
 PHANTOM_SEED, PHANTOM_IMAGES, PHANTOM_SIZE = 2_000_000, 1200, 64  # none of pretraining's phantoms, nor of fewshot.py's
 SCRIPT = "finetune_cls.py"
-PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound. "
 PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes on two cores
     "ultradino": {},
     "cpu": dict(arch="vit_micro", epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, layer_decay=0.9,
@@ -254,27 +251,17 @@ def protocol(args):
             f"{'on' if args.augment else 'off'}), the epoch of the largest validation macro F1")
 
 
-def methods_text(found, data, args, vectors):
-    """What a paper must say, with the counts and arguments of this run."""
+def sentences(found, data, args, vectors):
+    """The methods text."""
     parts = data.train, data.val, data.test
     classes = "; ".join(f"{name} {', '.join(str((data.labels[part] == i).sum()) for part in parts)}"
                         for i, name in enumerate(data.classes))
+    images = (f"{found['copies']['sentence']} Images per class in train, validation, test: {classes}. Images were "
+              f"squashed to {args.img_size} pixels a side, or the nearest multiple of a model's patch size. ")
     given = [f"{name} by its test predictions" for name, _ in named_files(args.predictions)]
     given += [f"{name} by vectors of {vector.shape[-1]:,} numbers that were made elsewhere"
               for name, vector in vectors.items()]
-    seen = [f"{name}: {file['pretraining set']}. " for name, files in found["files"].items() for file in files
-            if file["pretraining set"]]
-    return "".join([
-        PHANTOMS if args.data is None else "",
-        f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
-        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two "
-        f"parts. ",
-        f"{found['copies']['sentence']} Images per class in train, validation, test: {classes}. Images were squashed "
-        f"to {args.img_size} pixels a side, or the nearest multiple of a model's patch size. ",
-        f"Given were {', '.join(given)}. " if given else "",
-        f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; "
-        f"{runs_text(found)}. {STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
-        f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}."])
+    return methods_text(found, data, SCRIPT, images, given, protocol(args))
 
 
 def main(args):
@@ -332,27 +319,12 @@ def main(args):
     labels, groups = data.labels[data.test], data.groups[data.test]
     found = compare(rows, labels, groups, data.classes, args.seed)
     found.update(phantom=args.data is None, chosen=chosen, files=files_of(infos, data), copies=find_copies(data), by={})
-    print()
-    for name, files in found["files"].items():
-        for file in files:
-            if file["pretraining set"]:
-                print(f"{name}, {file['path']}: {file['pretraining set']}")
-    print(found["copies"]["sentence"])
-    for name, runs in chosen.items():
-        print(f"{name}, on validation: " + "; ".join(
-            ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
-                      for key, value in run.items())
-            for run in runs))
-    print(f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
-          f"({runs_text(found)}; files times fine-tuning or probe seeds) [95 % interval over groups]\n")
-    print("\n".join([*table(found), "", *class_table(found), "", few_groups(found) + detectable_sentence(found)]))
+    print("\n".join(report_lines(found, "fine-tuning or probe seeds", class_table(found))))
     for column in args.by:
         values = [data.columns[column][i] for i in data.test]
         found["by"][column] = by_column(rows, labels, groups, data.classes, values, args.seed)
         print("\n" + "\n".join(by_table(column, found["by"][column])))
-    if args.data is None:
-        print(f"\n{PHANTOMS.strip()}")
-    found["methods"] = methods_text(found, data, args, vectors)
+    found["methods"] = sentences(found, data, args, vectors)
     for name, model in found["models"].items():
         path = os.path.join(args.output_dir, f"confusion-{slug(name)}.png")
         confusion_png(path, np.array(model["confusion, mean of runs"]), data.classes,
@@ -360,7 +332,7 @@ def main(args):
     for name, value in scores.items():
         write_predictions(args.output_dir, name, value, data)
     if args.latex:
-        write_text(args.latex, latex(found, found["methods"], SCRIPT, PHANTOMS if args.data is None else ""))
+        write_text(args.latex, latex(found, SCRIPT))
     write_json(json_path, SCRIPT, args, device, found)
     print(f"\nwrote {json_path}, confusion-*.png, predictions-*.csv and split.csv beside it"
           + (f", {args.latex}" if args.latex else ""))

@@ -26,14 +26,14 @@ from networks.baselines import DEFAULT_SIZE, common_network, full_layerscale, li
 from networks.weights import trained_weights
 from runtime import cosine_schedule
 from scores.challenge import challenge_scores, leaderboard, sound_scores, table
+from scores.comparison import number
 from scores.multi_report import Truth, compare_paradigms, methods_sentences, table_of_paradigms
 from scores.plots import gates_png
-from scores.report import check_output, count, files_of, find_copies, number, slug, write_json, write_split
+from scores.report import PHANTOMS, check_output, count, files_of, find_copies, slug, write_json, write_split
 from training import many_tasks
 from training.segmenter import batches
 
 SCRIPT = "finetune_multi.py"
-PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound."
 WARMUP_FRACTION = 0.05  # of the learning rates, share of the run; then cosine to 0
 PARADIGMS = ("task", "clinical", "all")
 SIDES = ("fetal_head_pos_cls", "fetal_sacral_pos_cls", "cardiac_multi", "cervix_multi", "head_symphysis_multi")

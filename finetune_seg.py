@@ -12,8 +12,6 @@ against the first one. After UltraDINO, sections on FASS and JNU-IFM.
 
 import argparse
 import os
-import shlex
-import sys
 
 import numpy as np
 import torch
@@ -30,13 +28,12 @@ from networks.weights import trained_weights
 from scores.exchange import read_predicted_masks
 from scores.mask_report import circumference_table, compare_masks, mask_class_table
 from scores.plots import best_median_worst, overlay_png
-from scores.report import (STATISTICS, check_output, count, counts_line, detectable_sentence, few_groups, files_of,
-                           find_copies, latex, runs_text, slug, table, write_json, write_split, write_text)
+from scores.report import (check_output, count, counts_line, files_of, find_copies, latex, methods_text, report_lines,
+                           slug, write_json, write_split, write_text)
 from training import segmenter
 from training.segmenter import digest_of_scores, mask_path, own_circumference, score_files, score_network, stack
 
 SCRIPT = "finetune_seg.py"
-PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound. "
 PRESETS = {  # the recipe is UltraDINO's; `cpu` is one for phantoms and minutes on two cores
     "ultradino": {},
     "cpu": dict(arch="vit_micro", iters=300, warmup_iters=30, val_every=50, save_every=50, batch_size=16, lr=2e-3,
@@ -204,27 +201,18 @@ def protocol(args):
             f"{args.img_size} pixels, looked at every {args.val_every:,}")
 
 
-def methods_text(found, data, draws, args):
-    """What a paper must say, with the counts and arguments of this run."""
-    given = [name for name, _ in named_files(args.predictions)]
-    seen = [f"{name}: {file['pretraining set']}. " for name, files in found["files"].items() for file in files
-            if file["pretraining set"]]
+def sentences(found, data, draws, args):
+    """The methods text."""
     few = "" if args.shots is None else (
         f"Of the train images {count(args.shots, args.shots_by)} were used, drawn by split seeds "
         f"{', '.join(map(str, draws))}, again until they showed every class; validation and test were whole. ")
-    return "".join([
-        PHANTOMS if args.data is None else "",
-        f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
-        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two "
-        f"parts. ", few, f"{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and "
-        f"padded to a multiple of a model's patch size; masks were scored at each image's own size. ",
-        f"Given were the test masks of {', '.join(given)}. " if given else "",
-        f"All models{' but these' if given else ''} had the same protocol and budget: {protocol(args)}; "
-        f"{runs_text(found)}. Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are "
-        f"of each image and class that the truth shows, a missing one counting 0, HD95 the image's diagonal; pooled "
-        f"scores are of all pixels together. ",
-        circumference_text(found), f"{STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
-        f"Command: {shlex.join(['python', SCRIPT, *sys.argv[1:]])}."])
+    images = (f"{few}{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and padded "
+              f"to a multiple of a model's patch size; masks were scored at each image's own size. ")
+    given = [f"the test masks of {', '.join(name for name, _ in named_files(args.predictions))}"]
+    scores = (f"Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are of each image and "
+              f"class that the truth shows, a missing one counting 0, HD95 the image's diagonal; pooled scores are of "
+              f"all pixels together. {circumference_text(found)}")
+    return methods_text(found, data, SCRIPT, images, given * bool(args.predictions), protocol(args), scores)
 
 
 def circumference_text(found):
@@ -305,27 +293,13 @@ def main(args):
         found["own masks"] = own_circumference(data)
     found.update(phantom=args.data is None, chosen=chosen, files=files_of(infos, data), copies=find_copies(data),
                  train={str(seed): len(own) for seed, own in draws.items()})
-    print()
-    for name, files in found["files"].items():
-        for file in files:
-            if file["pretraining set"]:
-                print(f"{name}, {file['path']}: {file['pretraining set']}")
-    print(found["copies"]["sentence"])
-    for name, runs in chosen.items():
-        print(f"{name}, on validation: "
-              + "; ".join(f"Dice {run['validation Dice']:.3f}, step {run['step']}" for run in runs))
-    print(f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
-          f"({runs_text(found)}; files times splits times seeds) [95 % interval over groups]\n")
     measures = [] if measured is None else [
         *circumference_table(found), f"the test set's own masks: {found['own masks']}", ""]
-    print("\n".join([*table(found), "", *measures, *mask_class_table(found), "",
-                     few_groups(found) + detectable_sentence(found)]))
-    if args.data is None:
-        print(f"\n{PHANTOMS.strip()}")
-    found["methods"] = methods_text(found, data, draws, args)
+    print("\n".join(report_lines(found, "splits times seeds", [*measures, *mask_class_table(found)])))
+    found["methods"] = sentences(found, data, draws, args)
     write_json(json_path, SCRIPT, args, device, found)
     if args.latex:
-        write_text(args.latex, latex(found, found["methods"], SCRIPT, PHANTOMS if args.data is None else ""))
+        write_text(args.latex, latex(found, SCRIPT))
     write_overlays(rows, folders, data, args)
     print(f"\nwrote {json_path}, overlay-*.png, masks/ and split.csv beside it"
           + (f", {args.latex}" if args.latex else ""))

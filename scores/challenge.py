@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from labelled.fmc_uia import read_task_mask
 from scores import metrics
-from scores.report import number, shorten
+from scores.comparison import number
+from scores.report import shorten
 
 SCORES = {"segmentation": ("DSC", "HD"), "classification": ("Acc", "AUC", "F1_macro", "F1_weighted", "MCC"),
           "detection": ("IoU",), "regression": ("MRE",)}

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from scores import comparison
+from scores.comparison import bounded, describe, number
 from scores.metrics import MASK_SCORES, dice, iou
-from scores.report import COLUMN, FLIPS, REPLICATES, as_text, cell, differences, number, row, scores_of, shorten, three
+from scores.report import COLUMN, as_text, cell, row, shorten
 from scores.stats import (class_mean_replicates, group_weights, limits_of_agreement, mean_replicates, pooled_replicates,
                           sign_flip_class_means, sign_flip_means, sign_flip_pooled)
 
@@ -27,22 +29,24 @@ def compare_masks(models, groups, classes, unit, seed, measured=None, tests=True
     could not be told is off by all that was measured. Intervals and tests as in report.compare.
     """
     groups = np.unique(groups, return_inverse=True)[1]
-    n_groups = int(groups.max()) + 1
-    weights, several = group_weights(n_groups, seed, REPLICATES), n_groups > 1
-    order = ["Dice", "IoU", "pooled Dice", with_unit("HD95", unit), "surface Dice"]
-    found = {"images": len(groups), "groups": n_groups, "classes": list(classes), "unit": unit, "primary": PRIMARY,
-             "order": order + [CIRCUMFERENCE] * (measured is not None), "models": {}}
-    replicates = {name: replicates_of(model, unit, measured, groups, weights) for name, model in models.items()}
+
+    def replicates_of(model, weights):
+        return {name: replicates(values, groups, weights, *last)
+                for name, (replicates, _, values, last) in scored(model, unit, measured).items()}
+
+    def tests_of(a, b):
+        others = scored(b, unit, measured)
+        return {name: test(values, others[name][2], groups, seed, comparison.FLIPS, *last)
+                for name, (_, test, values, last) in scored(a, unit, measured).items()}
+
+    found = describe(models, runs_of, replicates_of, tests_of, groups, seed, tests)
     for name, model in models.items():
-        runs = [replicates_of(run, unit, measured, groups, weights[:1]) for run in runs_of(model)]
-        found["models"][name] = {**scores_of(replicates[name], runs, several),
-                                 "per class": class_scores(model, classes, unit)}
+        found["models"][name]["per class"] = class_scores(model, classes, unit)
         if measured is not None:
-            found["models"][name]["circumference [mm]"] = agreement(model, measured, groups, weights, several)
-    first, *others = models
-    p = {name: tests_of(models[first], models[name], unit, measured, groups, seed)
-         for name in others if tests and several}
-    return {**found, "differences": differences(replicates, p, several)}
+            found["models"][name]["circumference [mm]"] = agreement(model, measured, groups, seed)
+    order = ["Dice", "IoU", "pooled Dice", with_unit("HD95", unit), "surface Dice"]
+    return {**found, "classes": list(classes), "unit": unit, "primary": PRIMARY,
+            "order": order + [CIRCUMFERENCE] * (measured is not None)}
 
 
 def with_unit(score, unit):
@@ -70,19 +74,6 @@ def scored(model, unit, measured):
     return found
 
 
-def replicates_of(model, unit, measured, groups, weights):
-    """{score: (1 + R,)}, the estimate first."""
-    return {name: replicates(values, groups, weights, *last)
-            for name, (replicates, _, values, last) in scored(model, unit, measured).items()}
-
-
-def tests_of(a, b, unit, measured, groups, seed):
-    """{score: two-sided p that models a and b score alike}."""
-    others = scored(b, unit, measured)
-    return {name: test(values, others[name][2], groups, seed, FLIPS, *last)
-            for name, (_, test, values, last) in scored(a, unit, measured).items()}
-
-
 # ---------------------------------------------------------------- each class, the heads
 
 def class_scores(model, classes, unit):
@@ -108,16 +99,17 @@ def circumference_error(model, measured):
     return np.where(np.isnan(model["circumference"]), measured, np.abs(model["circumference"] - measured))
 
 
-def agreement(model, measured, groups, weights, several):
+def agreement(model, measured, groups, seed):
     """Bias and limits of agreement of single runs, predicted minus measured; heads without an ellipse are left out, and
     counted over all runs."""
     difference = model["circumference"] - measured  # (S, n)
-    known, heads = ~np.isnan(difference), ~np.isnan(measured)
+    known, heads, n_groups = ~np.isnan(difference), ~np.isnan(measured), int(groups.max()) + 1
     found = {"heads": int(heads.sum()), "no ellipse": int((~known[:, heads]).sum())}
     if not known.any():
-        return {**found, **dict.fromkeys(("bias", "lower", "upper"), three((np.nan,) * 3, several))}
+        return {**found, **dict.fromkeys(("bias", "lower", "upper"), bounded((np.nan,) * 3, n_groups > 1))}
+    weights = group_weights(n_groups, seed, comparison.REPLICATES)
     limits = limits_of_agreement(difference[known], weights, np.broadcast_to(groups, known.shape)[known])
-    return {**found, **{name: three(values, several) for name, values in limits.items()}}
+    return {**found, **{name: bounded(values, n_groups > 1) for name, values in limits.items()}}
 
 
 # ---------------------------------------------------------------- as text

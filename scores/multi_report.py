@@ -13,9 +13,10 @@ from collections import namedtuple
 
 import numpy as np
 
+from scores.comparison import FEW_GROUPS, FLIPS, REPLICATES, estimate, number
 from scores.metrics import mean_ratio
-from scores.report import FEW_GROUPS, FLIPS, REPLICATES, as_text, cell, count, number, p_value, shorten, three
-from scores.stats import (class_mean_replicates, group_weights, holm, interval, mean_replicates, replicate_scores,
+from scores.report import as_text, cell, count, p_value, shorten
+from scores.stats import (class_mean_replicates, group_weights, holm, mean_replicates, replicate_scores,
                           sign_flip_class_means, sign_flip_means, sign_flip_test)
 
 BASE = "task"  # the paradigm that the others are compared with
@@ -90,20 +91,20 @@ def of_task(truth, paradigms, units, weights, seed):
     scores = {name: replicates_of(truth, runs, units, weights) for name, runs in paradigms.items()}
     normalised = {name: normalised_score(kind, score, trivial) for name, score in scores.items()}
     found = {"kind": kind, "score": SCORES[kind], "images": len(units), "units": weights.shape[1],
-             "trivial": three(interval(trivial), several), "paradigms": {}}
+             "trivial": estimate(trivial, several), "paradigms": {}}
     for name, runs in paradigms.items():
         each = np.array([replicates_of(truth, [run], units, weights[:1])[0] for run in runs])  # (S,)
-        over = three(interval(gain(kind, scores[name], trivial)), several)
-        own = {"runs": len(runs), "score": three(interval(scores[name]), several), "sd": spread(each),
+        over = estimate(gain(kind, scores[name], trivial), several)
+        own = {"runs": len(runs), "score": estimate(scores[name], several), "sd": spread(each),
                "per run": [number(value) for value in each],
-               "normalised": three(interval(normalised[name]), several),
+               "normalised": estimate(normalised[name], several),
                "normalised per run": [number(value) for value in normalised_score(kind, each, trivial[0])],
                "gain over trivial": over, "beats trivial": by_interval(over, "yes", "worse", "not shown")}
         if name != BASE and BASE in paradigms:
             same = np.array_equal(*(stacked(kind, own) for own in (paradigms[BASE], runs)), equal_nan=True)
             # the one network of a group of one task is both paradigms': nothing to test, nor to correct for
             p = p_of(truth, paradigms[BASE], runs, units, seed) if several and not same else np.nan
-            own["gain"] = {**three(interval(gain(kind, scores[name], scores[BASE])), several), "p": number(p)}
+            own["gain"] = {**estimate(gain(kind, scores[name], scores[BASE]), several), "p": number(p)}
         found["paradigms"][name] = own
     return found, normalised
 
@@ -164,7 +165,7 @@ def of_tasks(tasks, found, normalised, truth):
 
     def mean(chosen, part):  # part(task) -> (1 + R,)
         values = np.mean([part(task) for task in chosen], axis=0)
-        return three(interval(values), all(found["tasks"][task]["units"] > 1 for task in chosen))
+        return estimate(values, all(found["tasks"][task]["units"] > 1 for task in chosen))
 
     for name in found["paradigms"]:
         own = [task for task in tasks if np.isfinite(normalised[task].get(name, [np.nan])[0])]

@@ -1,10 +1,11 @@
-"""What a comparison of models says, and how: tables with intervals and paired tests, JSON, LaTeX, a methods text."""
+"""How a comparison is printed: tables as text and LaTeX, methods, what models had seen, the files of a report."""
 
 import csv
 import filecmp
 import json
 import os
 import re
+import shlex
 import sys
 
 import numpy as np
@@ -14,86 +15,10 @@ import torch
 from frames.leakage import overlap
 from frames.lists import groups_have_names
 from runtime import git_commit, rename_aside
-from scores.metrics import CLASSIFICATION_SCORES, confusion, per_class
-from scores.stats import (detectable_difference, group_weights, holm, interval, replicate_scores, sign_flip_test,
-                          standard_error)
+from scores.comparison import STATISTICS, detectable_sentence, few_groups
 
-REPLICATES, FLIPS = 2000, 10_000  # of the cluster bootstrap, of the sign-flip test
-PRIMARY = "macro F1"  # what epochs and heads are chosen by
 COLUMN, SIDE_BY_SIDE = 24, 4  # characters of a column; columns on a screen, beside the names
-FEW_GROUPS = 30  # below: a warning
-
-
-# ---------------------------------------------------------------- scores of all models on one test set
-
-def compare(models, labels, groups, classes, seed, tests=True):
-    """models {name: (scores (S, n, K), ranked)}, labels (n,), groups (n,), class names (K,) -> a dict of plain values,
-    for `table`, `latex` and JSON.
-
-    Intervals are percentiles of a cluster bootstrap with the same groups for all models. The first model is compared
-    with each other one: difference, interval and, if asked for, p of a sign-flip test over groups, and p after Holm's
-    correction over these comparisons, for each score apart. One group tells nothing of others: no interval, no p.
-    """
-    groups = np.unique(groups, return_inverse=True)[1]
-    weights = group_weights(groups.max() + 1, seed, REPLICATES)
-    replicates = {name: replicate_scores(labels, scores, groups, weights, ranked)
-                  for name, (scores, ranked) in models.items()}
-    found = {"images": len(labels), "groups": int(groups.max()) + 1, "classes": list(classes),
-             "order": list(CLASSIFICATION_SCORES), "primary": PRIMARY, "models": {}}
-    several = found["groups"] > 1
-    for name, (scores, ranked) in models.items():
-        runs = [replicate_scores(labels, run[None], groups, weights[:1], ranked) for run in scores]
-        counts = confusion(labels, scores.argmax(2), len(classes))  # (S, K, K)
-        pooled = per_class(counts.sum(0))
-        found["models"][name] = {
-            **scores_of(replicates[name], runs, several),
-            "confusion, mean of runs": counts.mean(0).tolist(),
-            "per class, pooled over runs": {label: {key: number(values[k]) for key, values in pooled.items()}
-                                            for k, label in enumerate(classes)}}
-    first, *others = models
-    p = {}
-    for name in others if tests and several else ():
-        (a, ranked_a), (b, ranked_b) = models[first], models[name]
-        p[name] = sign_flip_test(labels, a, b, groups, seed, FLIPS, ranked_a and ranked_b)
-    return {**found, "differences": differences(replicates, p, several)}
-
-
-def scores_of(replicates, runs, several):
-    """What is said of a model's scores: replicates {score: (1 + R,)}, and such a dict of each run alone."""
-    return {"runs": len(runs),
-            "scores": {score: three(interval(values), several) for score, values in replicates.items()},
-            "per run": {score: [number(run[score][0]) for run in runs] for score in replicates},
-            "standard error": {score: number(standard_error(values)) if several else None
-                               for score, values in replicates.items()}}
-
-
-def differences(replicates, p, several):
-    """What is said of the first model minus each other one, {name: {score: ...}}: replicates {name: {score: (1 + R,)}},
-    p {name: {score: p}} of those that were tested."""
-    (_, first), *others = replicates.items()
-    found = {name: {} for name, _ in others}
-    for score in first:
-        tested = np.array([p[name][score] if name in p else np.nan for name, _ in others])
-        for (name, other), value, adjusted in zip(others, tested, holm(tested)):
-            difference = first[score] - other[score]
-            detectable = detectable_difference(difference)
-            found[name][score] = {
-                **three(interval(difference), several), "p": number(value), "p (Holm)": number(adjusted),
-                "detectable": number(detectable) if several and detectable > 1e-9 else None}
-    return found
-
-
-def number(value):
-    """A float for JSON, which knows no nan."""
-    return float(value) if np.isfinite(value) else None
-
-
-def three(found, several):
-    """(estimate, low, high) for JSON; of one group there are no bounds."""
-    estimate, low, high = map(number, found)
-    if estimate is None or not several:
-        low = high = None
-    return {"estimate": estimate, "low": low, "high": high}
+PHANTOMS = "phantom images: a smoke test of the code, no evidence about ultrasound."
 
 
 # ---------------------------------------------------------------- what the models had seen of the test set
@@ -191,40 +116,6 @@ def p_value(p):
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
-def class_table(found):
-    """Lines: F1 of each class, pooled over runs, a row per class and a column per model, four of them side by side."""
-    names, lines = list(found["models"]), []
-    for start in range(0, len(names), SIDE_BY_SIDE):
-        shown = names[start:start + SIDE_BY_SIDE]
-        lines.append(row("F1 of each class", [shorten(name, COLUMN - 1) for name in shown]))
-        for label in found["classes"]:
-            values = [found["models"][name]["per class, pooled over runs"][label]["f1"] for name in shown]
-            lines.append(row(f"  {label}", [as_text(value, "F1") for value in values]))
-    return lines
-
-
-def by_column(models, labels, groups, classes, values, seed):
-    """{value of the column: what `compare` finds on its images alone}, without tests."""
-    found = {}
-    for value in sorted(set(values)):
-        own = np.array([other == value for other in values])
-        found[value] = compare({name: (scores[:, own], ranked) for name, (scores, ranked) in models.items()},
-                               labels[own], groups[own], classes, seed, tests=False)
-    return found
-
-
-def by_table(column, found):
-    """Lines: per value of the column the images, groups, and each model's macro F1 and balanced accuracy."""
-    shown = ("balanced accuracy", PRIMARY)
-    lines = [row(f"by {column}", ("images, groups", "model", *shown))]
-    for value, part in found.items():
-        for i, (name, model) in enumerate(part["models"].items()):
-            first = (value, f"{part['images']:,}, {part['groups']:,}") if i == 0 else ("", "")
-            lines.append(row(f"  {first[0]}", (first[1], shorten(name, COLUMN - 1),
-                                               *(cell(model["scores"][score], score) for score in shown))))
-    return lines
-
-
 def count(number, noun):
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
@@ -242,9 +133,9 @@ def escape(text):
     return re.sub("-(?=-)", "-{}", "".join(special.get(letter, letter) for letter in text))  # no dash of two hyphens
 
 
-def latex(found, methods, script, warning=""):
-    """The table, the size of the test set, the smallest detectable difference and the methods text, for any document
-    class and no further package. warning: what the caption must begin with."""
+def latex(found, script):
+    """The table, the size of the test set, the smallest detectable difference and the methods text in `found`, for any
+    document class and no further package."""
     def lines_of(value, score, spread=None):
         if value["estimate"] is None:
             return "--"
@@ -266,41 +157,50 @@ def latex(found, methods, script, warning=""):
         tests = ["--" if scores[score]["p"] is None else escape(p_value(scores[score]["p (Holm)"])) for score in order]
         lines += [r"\hline", " & ".join([escape(f"{first} minus {name}"), *cells]) + r" \\",
                   " & ".join([r"\quad p after Holm", *tests]) + r" \\"]
+    warning = f"{PHANTOMS} " if found["phantom"] else ""
     caption = (f"{warning}Test set of {count(found['images'], 'image')} of {count(found['groups'], 'group')}: mean "
                f"over runs +- standard deviation over runs [95 % interval over groups]. {few_groups(found)}"
                f"{detectable_sentence(found)}")
     lines += [r"\hline", r"\end{tabular}", r"\caption{" + escape(caption).replace("+-", r"$\pm$") + "}", r"\end{table}",
-              "", escape(methods), ""]
+              "", escape(found["methods"]), ""]
     return "\n".join(lines)
 
 
-def detectable_sentence(found):
-    """What the test set could have shown at all: from the standard error of the differences, or of the one score."""
-    primary = found["primary"]
-    parts = [f"{name} {scores[primary]['detectable']:.3f}" for name, scores in found["differences"].items()
-             if scores[primary]["detectable"] is not None]
-    if parts:
-        return (f"Smallest difference in {primary} that a two-sided 5 % test, before any correction, finds with 80 % "
-                "power: " + ", ".join(parts) + ".")
-    name, model = next(iter(found["models"].items()))
-    error = model["standard error"][primary]
-    return f"Standard error of the {primary} of {name} over groups: {'unknown' if error is None else f'{error:.3f}'}."
+# ---------------------------------------------------------------- a whole report
+
+def report_lines(found, files_times, tables):
+    """What a stage says at its end, of a description with "files", "copies", "chosen" and "phantom"."""
+    yield ""
+    for name, files in found["files"].items():
+        for file in files:
+            if file["pretraining set"]:
+                yield f"{name}, {file['path']}: {file['pretraining set']}"
+    yield found["copies"]["sentence"]
+    for name, runs in found["chosen"].items():
+        texts = (", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                           for key, value in run.items()) for run in runs)
+        yield f"{name}, on validation: {'; '.join(texts)}"
+    yield (f"\ntest: {count(found['images'], 'image')} of {count(found['groups'], 'group')}; mean over runs "
+           f"({runs_text(found)}; files times {files_times}) [95 % interval over groups]\n")
+    yield from (*table(found), "", *tables, "", few_groups(found) + detectable_sentence(found))
+    if found["phantom"]:
+        yield f"\n{PHANTOMS}"
 
 
-def few_groups(found):
-    """A warning where the test set has few groups, or nothing."""
-    G = found["groups"]
-    if G == 1:
-        return "The test set is one group: nothing can be said of others, there is no interval and no test. "
-    if G >= FEW_GROUPS:
-        return ""
-    return (f"Only {G} test groups: of so few, bootstrap intervals are too narrow, and the smallest p of a sign-flip "
-            f"test is {2 / 2 ** G:.2g}. ")
-
-
-STATISTICS = (f"Intervals are 95 % percentile intervals of a cluster bootstrap over test groups ({REPLICATES:,} "
-              f"replicates, the same groups for all models). Differences were tested by two-sided sign-flip tests over "
-              f"groups (up to {FLIPS:,} flips), with Holm's correction over the comparisons, for each score apart.")
+def methods_text(found, data, script, images, given, protocol, scores=""):
+    """What a paper must say, with the counts and arguments of this run. images, scores: sentences on what is theirs;
+    given: how other people's models came in, each in words."""
+    seen = [f"{name}: {file['pretraining set']}. " for name, files in found["files"].items() for file in files
+            if file["pretraining set"]]
+    return "".join([
+        f"{PHANTOMS} " if found["phantom"] else "",
+        f"{count(len(found['models']), 'model')} were compared on {len(data.names):,} images of "
+        f"{len(np.unique(data.groups)):,} groups (by {data.grouped_by}): {counts_line(data)}; no group was in two "
+        f"parts. {images}",
+        f"Given were {', '.join(given)}. " if given else "",
+        f"All models{' but these' if given else ''} had the same protocol and budget: {protocol}; "
+        f"{runs_text(found)}. {scores}{STATISTICS} {few_groups(found)}{detectable_sentence(found)} ", *seen,
+        f"Command: {shlex.join(['python', script, *sys.argv[1:]])}."])
 
 
 def counts_line(data):

@@ -12,7 +12,6 @@ import numpy as np
 from scores.metrics import (CLASSIFICATION_SCORES, accuracy, balanced_accuracy, checked_scores, diagonal, dice,
                             group_confusion, macro_auroc, macro_f1, mean_ratio, rank_bounds, ratio)
 
-
 # ---------------------------------------------------------------- intervals
 
 def resampling_weights(n_episodes, n_groups, seed=0, replicates=2000):

@@ -76,7 +76,7 @@ def test_validation_is_scored_by_what_was_saved(folder):
     logits = segmenter.predict_logits(network, data.images.at(16)[data.val], (0.3, 0.2), CPU, "float32")
     expected = pooled_f1(data.masks[data.val], logits.argmax(1).numpy())
     assert report["chosen"]["a"][0]["validation Dice"] == pytest.approx(expected, abs=1e-9)
-    assert f"a, on validation: Dice {expected:.3f}, step" in output
+    assert f"a, on validation: validation Dice {expected:.3f}, step" in output
     assert (saved["mean"], saved["std"], saved["img_size"]) == (0.3, 0.2, 16)
     assert saved["classes"] == ["background", *CLASSES]
     again = segmenter.predict_logits(network, data.images.at(16)[data.test], (0.3, 0.2), CPU, "float32")

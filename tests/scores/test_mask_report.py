@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, jaccard_score
 
-from scores import mask_report, report, stats
+from scores import comparison, report, stats
 from scores.mask_report import CIRCUMFERENCE, circumference_table, compare_masks, mask_class_table
 from scores.metrics import dice, iou
 
@@ -21,8 +21,8 @@ MEASURED = np.r_[np.linspace(150, 350, N - 1), np.nan]
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(mask_report, "REPLICATES", 60)
-    monkeypatch.setattr(mask_report, "FLIPS", 64)  # all of six groups
+    monkeypatch.setattr(comparison, "REPLICATES", 60)
+    monkeypatch.setattr(comparison, "FLIPS", 64)  # all of six groups
 
 
 def truths(seed=0):
@@ -62,8 +62,8 @@ def models(names=("ours", "none", "theirs")):
 @pytest.fixture(scope="module")
 def found():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_report, "REPLICATES", 60)
-        patch.setattr(mask_report, "FLIPS", 64)
+        patch.setattr(comparison, "REPLICATES", 60)
+        patch.setattr(comparison, "FLIPS", 64)
         return compare_masks(models(), GROUPS, CLASSES, "mm", 3, MEASURED)
 
 
@@ -270,7 +270,7 @@ def test_a_class_that_no_image_has_and_a_set_without_any():
     assert found["models"]["a"]["scores"]["pooled Dice"]["estimate"] is None
     assert found["models"]["a"]["scores"][WITH[0]]["estimate"] > 0.8
     json.dumps(found, allow_nan=False)
-    assert report.table(found)[1].split()[1:] == ["-"] * 3 and report.detectable_sentence(found)
+    assert report.table(found)[1].split()[1:] == ["-"] * 3 and comparison.detectable_sentence(found)
 
 
 @pytest.mark.filterwarnings("error")
@@ -280,7 +280,7 @@ def test_one_group_has_no_interval_and_no_test():
         assert own["estimate"] is not None and {own[key] for key in own if key != "estimate"} == {None}, score
     limits = found["models"]["ours"]["circumference [mm]"]["upper"]
     assert limits["estimate"] > 0 and limits["low"] is None
-    assert "one group" in report.few_groups(found) and "unknown" in report.detectable_sentence(found)
+    assert "one group" in comparison.few_groups(found) and "unknown" in comparison.detectable_sentence(found)
     assert "[-]" in report.table(found)[1] and report.table(found)[8].split()[-3:] == ["-"] * 3  # p
     json.dumps(found, allow_nan=False)
 
@@ -354,14 +354,15 @@ def test_limits_in_rows(found):
 
 def test_sentences_speak_of_dice(found):
     values = {name: found["differences"][name]["Dice"]["detectable"] for name in ("none", "theirs")}
-    assert report.detectable_sentence(found) == (
+    assert comparison.detectable_sentence(found) == (
         "Smallest difference in Dice that a two-sided 5 % test, before any correction, finds with 80 % power: "
         + ", ".join(f"{name} {value:.3f}" for name, value in values.items()) + ".")
     assert report.runs_text(found) == "ours: 2 runs, none: 2 runs, theirs: 1 run"
 
 
 def test_latex_has_a_cell_for_each_score(found):
-    text = report.latex(found, "Methods of 50 % of us.", "script.py", "Drawn. ")
+    found.update(methods="Methods of 50 % of us.", phantom=True)
+    text = report.latex(found, "script.py")
     lines = text.split("\n")
     assert r"\begin{tabular}{lcccccc}" in lines and lines[-2] == r"Methods of 50 \% of us."
     table = [line.removesuffix(r" \\").split(" & ") for line in lines if line.endswith(r" \\")]
@@ -374,7 +375,7 @@ def test_latex_has_a_cell_for_each_score(found):
     spread = np.std(found["models"]["ours"]["per run"]["HD95 [mm]"], ddof=1)
     assert rf" $\pm$ {spread:.2f}\\" in table[1][4]
     five = compare_masks({"ours": models()["ours"]}, GROUPS, CLASSES, "mm", 3)
-    assert r"\begin{tabular}{lccccc}" in report.latex(five, "", "script.py")
+    assert r"\begin{tabular}{lccccc}" in report.latex({**five, "methods": "", "phantom": False}, "script.py")
 
 
 def test_json_has_no_nan(found):

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from seg_tools import arguments, data, read_rows  # noqa: F401
 
 from labelled import mask_sets
-from scores import metrics, report, stats
+from scores import class_report, comparison, metrics, report, stats
 from scores.exchange import read_predictions
 from scores.metrics import CLASSIFICATION_SCORES
 
@@ -20,8 +20,8 @@ K, CLASSES = 3, ["benign", "malignant", "normal"]
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(report, "REPLICATES", 300)
-    monkeypatch.setattr(report, "FLIPS", 500)
+    monkeypatch.setattr(comparison, "REPLICATES", 300)
+    monkeypatch.setattr(comparison, "FLIPS", 500)
 
 
 def models(n_groups=8, per_group=3, seed=0, names=("ours", "none", "theirs", "bare")):
@@ -42,7 +42,7 @@ def models(n_groups=8, per_group=3, seed=0, names=("ours", "none", "theirs", "ba
 
 def test_numbers_are_those_of_metrics():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, CLASSES, seed=5)
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=5)
     numbers = np.unique(groups, return_inverse=True)[1]
     weights = stats.group_weights(8, 5, 300)
     assert found["images"] == 24 and found["groups"] == 8 and list(found["models"]) == list(rows)
@@ -76,7 +76,7 @@ def test_numbers_are_those_of_metrics():
 
 def test_holm_is_over_the_comparisons_of_each_score():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, CLASSES, seed=0)["differences"]
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0)["differences"]
     for score in CLASSIFICATION_SCORES:
         tested = [name for name in found if found[name][score]["p"] is not None]  # bare labels have no AUROC
         assert len(tested) == (2 if score == "macro AUROC" else 3)
@@ -91,7 +91,7 @@ def test_holm_is_over_the_comparisons_of_each_score():
 @pytest.mark.filterwarnings("error")
 def test_labels_alone_have_no_auroc_and_json_has_no_nan():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, CLASSES, seed=0)
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0)
     bare = found["models"]["bare"]
     assert bare["scores"]["macro AUROC"] == {"estimate": None, "low": None, "high": None}
     assert bare["per run"]["macro AUROC"] == [None] and bare["standard error"]["macro AUROC"] is None
@@ -108,7 +108,7 @@ def test_replicates_that_lack_a_class_are_left_out():
     """Half of the draws of two groups, one of each class, have no AUROC."""
     labels, groups = np.array([0, 0, 1, 1]), np.array(list("aabb"))
     scores = np.array([[[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7]]])
-    found = report.compare({"ours": (scores, True), "other": (scores[:, ::-1], True)}, labels, groups, "ab", seed=0)
+    found = class_report.compare({"ours": (scores, True), "other": (scores[:, ::-1], True)}, labels, groups, "ab", seed=0)
     model = found["models"]["ours"]
     assert model["scores"]["macro AUROC"]["estimate"] == model["scores"]["macro AUROC"]["low"] == 0.5
     assert model["standard error"]["macro AUROC"] == 0
@@ -116,17 +116,17 @@ def test_replicates_that_lack_a_class_are_left_out():
 
 def test_one_model_alone():
     rows, labels, groups = models()
-    found = report.compare({"ours": rows["ours"]}, labels, groups, CLASSES, seed=0)
+    found = class_report.compare({"ours": rows["ours"]}, labels, groups, CLASSES, seed=0)
     assert found["differences"] == {} and not any("minus" in line for line in report.table(found))
     error = found["models"]["ours"]["standard error"]["macro F1"]
-    assert report.detectable_sentence(found) == f"Standard error of the macro F1 of ours over groups: {error:.3f}."
+    assert comparison.detectable_sentence(found) == f"Standard error of the macro F1 of ours over groups: {error:.3f}."
 
 
 def test_detectable_difference_is_said_of_each_comparison():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, CLASSES, seed=0)
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0)
     values = {name: difference["macro F1"]["detectable"] for name, difference in found["differences"].items()}
-    assert report.detectable_sentence(found).endswith(
+    assert comparison.detectable_sentence(found).endswith(
         "80 % power: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()) + ".")
     assert all(0.01 < value < 1 for value in values.values())
 
@@ -138,18 +138,18 @@ def test_values_of_a_column():
     values = np.array(["few"] * 1 + ["one group"] * 2 + ["rest"] * 21)
     groups = np.array(groups, object)
     groups[:3] = "g"
-    found = report.by_column(rows, labels, groups.astype(str), CLASSES, values.tolist(), seed=0)
+    found = class_report.by_column(rows, labels, groups.astype(str), CLASSES, values.tolist(), seed=0)
     assert {value: (part["images"], part["groups"]) for value, part in found.items()} == {
         "few": (1, 1), "one group": (2, 1), "rest": (21, 7)}
     alone = found["few"]["models"]["ours"]["scores"]
     assert alone["macro AUROC"]["estimate"] is None
     assert alone["accuracy"]["estimate"] in (0, 0.5, 1) and alone["accuracy"]["low"] is alone["accuracy"]["high"] is None
     own = values == "rest"
-    expected = report.compare({name: (scores[:, own], ranked) for name, (scores, ranked) in rows.items()}, labels[own],
+    expected = class_report.compare({name: (scores[:, own], ranked) for name, (scores, ranked) in rows.items()}, labels[own],
                               groups[own].astype(str), CLASSES, 0, tests=False)
     assert found["rest"] == expected and expected["differences"]["none"]["accuracy"]["p"] is None
     json.dumps(found, allow_nan=False)
-    lines = report.by_table("column", found)
+    lines = class_report.by_table("column", found)
     assert len(lines) == 1 + 3 * 4 and [line.split()[0] for line in lines[1::4]] == ["few", "one", "rest"]
     assert "1, 1" in lines[1] and all("1, 1" not in line for line in lines[2:5]) and "21, 7" in lines[9]
     assert [line[48:72].strip() for line in lines[1:5]] == list(rows)
@@ -162,7 +162,7 @@ LONG = ("checkpoints/of/a/very/deep/folder/with/a/long/name/ours.pt", "from scra
 
 def test_tables_fit_a_screen():
     rows, labels, groups = models(names=LONG)
-    found = report.compare(rows, labels, groups, CLASSES, seed=0)
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0)
     lines = report.table(found)
     assert max(map(len, lines)) <= 120 and len(lines) == 1 + 4 + 2 + 1 + 3 * 2
     assert lines[0].split("  ")[-1] == "macro AUROC" and lines[1].startswith("checkpoint…") and "ours.pt " in lines[1]
@@ -170,13 +170,13 @@ def test_tables_fit_a_screen():
     for line in lines[1:]:
         if "minus" not in line:
             assert all(line[start - 1] == " " and line[start] != " " for start in starts if start < len(line)), line
-    columns = report.by_column(rows, labels, groups, CLASSES, ["a value as long as a sentence, or two of them"] * 24, seed=0)
-    assert max(map(len, report.by_table("a column of a long name, too long", columns))) <= 120
+    columns = class_report.by_column(rows, labels, groups, CLASSES, ["a value as long as a sentence, or two of them"] * 24, seed=0)
+    assert max(map(len, class_report.by_table("a column of a long name, too long", columns))) <= 120
 
 
 def test_spread_over_runs():
     rows, labels, groups = models()
-    found = report.compare(rows, labels, groups, CLASSES, seed=0)
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0)
     line = report.table(found)[2]
     assert line.startswith("  sd of 2 runs")
     spreads = [np.std(found["models"]["ours"]["per run"][score], ddof=1) for score in CLASSIFICATION_SCORES]
@@ -207,11 +207,12 @@ def test_escape():
 
 def test_latex_has_a_row_for_each_model_and_difference():
     rows, labels, groups = models(names=("our_s", "[none", "theirs", "bare"))
-    found = report.compare(rows, labels, groups, CLASSES, seed=0)
-    text = report.latex(found, "Methods of 50 % of us.", "script.py", "Drawn. ")
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0)
+    found.update(methods="Methods of 50 % of us.", phantom=True)
+    text = report.latex(found, "script.py")
     lines = text.split("\n")
     assert lines[0] == "% written by script.py" and lines[-2] == r"Methods of 50 \% of us."
-    assert r"\begin{tabular}{lcccc}" in lines and r"\caption{Drawn. Test set of 24 images of 8 groups" in text
+    assert r"\begin{tabular}{lcccc}" in lines and rf"\caption{{{report.PHANTOMS} Test set of 24 images of 8 groups" in text
     table = [line.removesuffix(r" \\").split(" & ") for line in lines if line.endswith(r" \\")]
     assert [row[0] for row in table] == ["", r"our\_s", "{[}none", "theirs", "bare"] + [
         text for name in ("{[}none", "theirs", "bare") for text in (rf"our\_s minus {name}", r"\quad p after Holm")]
@@ -221,7 +222,7 @@ def test_latex_has_a_row_for_each_model_and_difference():
     assert table[8][3] == f"{p['p (Holm)']:.4f}" and f"{p['low']:.3f}, {p['high']:.3f}" in table[7][3]
     spread = np.std(found["models"]["our_s"]["per run"]["accuracy"], ddof=1)
     assert rf" $\pm$ {spread:.3f}\\" in table[1][1]
-    assert report.escape(report.detectable_sentence(found)) in text and report.escape(report.few_groups(found)) in text
+    assert report.escape(comparison.detectable_sentence(found)) in text and report.escape(comparison.few_groups(found)) in text
     bare = re.sub(r"\\[\\{}]", "", text)
     assert bare.count("{") == bare.count("}")
 
@@ -229,7 +230,7 @@ def test_latex_has_a_row_for_each_model_and_difference():
 def test_few_groups_are_warned_of():
     def sentence(n_groups):
         rows, labels, groups = models(n_groups)
-        return report.few_groups(report.compare(rows, labels, groups, CLASSES, seed=0, tests=False))
+        return comparison.few_groups(class_report.compare(rows, labels, groups, CLASSES, seed=0, tests=False))
 
     assert sentence(30) == "" and "one group" in sentence(1)
     assert sentence(8).startswith("Only 8 test groups") and "p of a sign-flip test is 0.0078." in sentence(8)
@@ -237,24 +238,24 @@ def test_few_groups_are_warned_of():
 
 def test_one_group_has_no_interval_and_no_test():
     rows, labels, groups = models(1, per_group=9)
-    found = report.compare(rows, labels, groups, CLASSES, seed=0)
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0)
     lines = report.table(found)
     assert lines[1].split()[1] == f"{found['models']['ours']['scores']['accuracy']['estimate']:.3f}" and "[-]" in lines[1]
     assert found["differences"]["none"]["macro F1"]["p"] is found["differences"]["none"]["macro F1"]["detectable"] is None
-    assert "unknown" in report.detectable_sentence(found)
+    assert "unknown" in comparison.detectable_sentence(found)
 
 
 def test_equal_models_have_no_detectable_difference():
     rows, labels, groups = models()
-    found = report.compare({"a": rows["ours"], "b": rows["ours"]}, labels, groups, CLASSES, seed=0)
+    found = class_report.compare({"a": rows["ours"], "b": rows["ours"]}, labels, groups, CLASSES, seed=0)
     assert found["differences"]["b"]["macro F1"]["detectable"] is None and found["differences"]["b"]["macro F1"]["p"] == 1
 
 
 def test_f1_of_each_class_in_blocks_of_four_models():
     rows, labels, groups = models()
     rows["fifth"] = rows["ours"]
-    found = report.compare(rows, labels, groups, CLASSES, seed=0, tests=False)
-    lines = report.class_table(found)
+    found = class_report.compare(rows, labels, groups, CLASSES, seed=0, tests=False)
+    lines = class_report.class_table(found)
     assert len(lines) == 2 * (1 + K) and lines[0].split()[4:] == list(rows)[:4] and lines[4].split()[4:] == ["fifth"]
     value = found["models"]["theirs"]["per class, pooled over runs"]["malignant"]["f1"]
     assert lines[2].split() == ["malignant"] + [f"{found['models'][name]['per class, pooled over runs']['malignant']['f1']:.3f}"
