@@ -33,6 +33,7 @@ from tqdm import tqdm
 import runtime
 from arguments import Parser
 from frames import phantom
+from frames.files import whole_file
 from frames.images import Frame, count_frames, read_frames, read_image, resize_square
 from frames.lists import list_images
 from labelled.fmc_uia import read_tasks
@@ -143,9 +144,8 @@ def open_output(folder, data, identity):
     os.makedirs(folder, exist_ok=True)
     if any(not name.startswith(".") for name in os.listdir(folder)):
         raise ValueError(f"--output_dir {folder}: holds files that predict.py did not write; choose a new folder")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with whole_file(path, "w", encoding="utf-8") as file:
         json.dump(identity, file, indent=1)
-    os.replace(f"{path}.tmp", path)
 
 
 # ---------------------------------------------------------------- masks: images in, masks out
@@ -269,9 +269,8 @@ def predict_masks(args, device):
 
     # ---- report ----
     path = os.path.join(folder, "skipped.csv")
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with whole_file(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("name", "reason"), *skipped])
-    os.replace(f"{path}.tmp", path)
     if skipped and not (count["there"] or count["written"] or received):
         raise ValueError(f"none of {len(names):,} files could be read, {path} lists them; the first: "
                          f"{': '.join(skipped[0])}")

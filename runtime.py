@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from frames.files import whole_file
 from kernels import all_reduce
 
 PATCH_EMBED_LR_MULT = 0.2  # DINOv2's, on top of the layer-wise decay
@@ -128,17 +129,8 @@ def git_commit():
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values; a crash or a full disk leaves the file that was there before."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+    with whole_file(path, sync=True) as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path):
@@ -383,9 +375,8 @@ def cut_log(path, step):
         except (ValueError, KeyError):
             break
         kept.append(line)
-    with open(f"{path}.tmp", "w") as file:
+    with whole_file(path, "w") as file:
         file.writelines(kept)
-    os.replace(f"{path}.tmp", path)
 
 
 def show_run(args, device, world_size):

@@ -18,6 +18,7 @@ import os
 
 import numpy as np
 
+from frames.files import whole_file
 from frames.leakage import WORDS
 
 PACK_VERSION = 2
@@ -173,12 +174,8 @@ def settle(part, out):
 
 
 def save_json(path, content):
-    """All of it or nothing: what is half written has another name."""
-    with open(f"{path}.tmp", "w") as file:
+    with whole_file(path, "w", sync=True) as file:
         json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
 
 
 def load_json(path):

@@ -12,8 +12,6 @@ m images of a task, K as in fmc_uia.Task. `values` is what is kept of a run to s
 Distances are in pixels of the original image.
 """
 
-import contextlib
-import io
 import json
 import os
 import posixpath
@@ -23,6 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from frames.files import whole_file
 from labelled.fmc_uia import read_task_mask
 from scores import metrics
 from scores.comparison import number
@@ -217,9 +216,8 @@ def write_submission_mask(out, mask_path, image_path, mask):
     """
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise ValueError(f"a mask of {mask.dtype} {mask.shape}: expected uint8 (h, w)")
-    content = io.BytesIO()
-    Image.fromarray(mask).save(content, "PNG")
-    _write(os.path.join(out, mask_place(mask_path, image_path)), content.getvalue())
+    with whole_file(os.path.join(out, mask_place(mask_path, image_path))) as file:
+        Image.fromarray(mask).save(file, "PNG")
 
 
 def records_of(task, image_paths, sizes, predictions):
@@ -246,20 +244,8 @@ def records_of(task, image_paths, sizes, predictions):
 def write_submission_json(out, kind, records):
     """All records of a kind, over those of an earlier submission: an empty list, too, says what there is."""
     text = json.dumps(records, ensure_ascii=False, indent=1, allow_nan=False)
-    _write(os.path.join(out, JSON_FILES[kind]), text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-
-
-def _write(path, content):
-    """Bytes to a file, which appears whole or not at all."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(content)
-        os.replace(f"{path}.tmp", path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")
-        raise
+    with whole_file(os.path.join(out, JSON_FILES[kind])) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
 
 
 # ---------------------------------------------------------------- a submission, read and scored

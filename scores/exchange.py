@@ -7,7 +7,6 @@
                                                                             # image: --predictions of masks
 """
 
-import contextlib
 import csv
 import os
 
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from frames.files import whole_file
 from frames.shapes import class_colour
 from labelled.mask_codes import mask_name
 
@@ -93,18 +93,12 @@ def read_predictions(path, names, classes):
 
 def write_mask(path, mask, classes):
     """Class numbers uint8 (h, w) as an 8-bit palette PNG, class names in its text. It appears whole or not at all."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    picture, names, temporary = Image.fromarray(mask), PngInfo(), f"{path}.tmp"
+    picture, names = Image.fromarray(mask), PngInfo()
     picture.putpalette([0, 0, 0] + [level for k in range(1, 256) for level in class_colour(k)])
     lines = "\n".join(f"{k} {name}" for k, name in enumerate(classes))
     names.add_text("classes", lines.encode(errors="replace").decode())  # names need not be UTF-8
-    try:
-        picture.save(temporary, "PNG", pnginfo=names)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+    with whole_file(path) as file:
+        picture.save(file, "PNG", pnginfo=names)
 
 
 def read_predicted_masks(folder, names, shapes, n_classes):

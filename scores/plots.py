@@ -8,15 +8,14 @@
 At most about 1,600 pixels wide: 13 cm at 300 dpi. A file appears whole or not at all.
 """
 
-import contextlib
 import math
 import numbers
-import os
 import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from frames.files import whole_file
 from frames.shapes import class_colour, outlined
 
 WIDTH, MARGIN = 1600, 36
@@ -64,15 +63,8 @@ def _write_upright(picture, x, y, text, font):
 
 
 def _save(picture, path):
-    """A crash or a full disk leaves the file that was there before."""
-    temporary = f"{path}.tmp"
-    try:
-        picture.save(temporary, "PNG", dpi=(300, 300))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+    with whole_file(path) as file:
+        picture.save(file, "PNG", dpi=(300, 300))
 
 
 # ---------------------------------------------------------------- the confusion matrix

@@ -12,6 +12,7 @@ import numpy as np
 import PIL
 import torch
 
+from frames.files import whole_file
 from frames.leakage import overlap
 from frames.lists import groups_have_names
 from runtime import git_commit, rename_aside
@@ -240,9 +241,8 @@ def check_output(path, flag, script):
 
 
 def write_text(path, text):
-    with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as file:  # names need not be UTF-8
+    with whole_file(path, "w", encoding="utf-8", errors="replace") as file:  # names need not be UTF-8
         file.write(text)
-    os.replace(f"{path}.tmp", path)
 
 
 def slug(name):
