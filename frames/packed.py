@@ -31,7 +31,17 @@ GROUPS = np.dtype([("group", "i8"), ("digest", "S16"), ("named", "i1")])  # name
 
 # ---------------------------------------------------------------- reading
 
-class Pack:
+class Canvases:
+    """What PretrainBatches reads: canvases uint8 (images, S, S), sizes (images, 2) and groups (images,)."""
+
+    def __init__(self, canvases, sizes, groups):
+        self.canvases, self.sizes, self.groups = canvases, sizes, groups
+
+    def __len__(self):
+        return len(self.canvases)
+
+
+class Pack(Canvases):
     """A folder written by pack.py, read with numpy.memmap and csv alone."""
 
     def __init__(self, folder):
@@ -51,18 +61,15 @@ class Pack:
         if not os.path.exists(data_path) or os.path.getsize(data_path) != images * canvas * canvas:
             raise ValueError(f"{data_path}: missing or not the {images} canvases of {canvas}x{canvas} that pack.json "
                              f"names; pack again")
-        self.canvases = np.memmap(data_path, np.uint8, "r", shape=(images, canvas, canvas))
         index = _read_table(os.path.join(folder, "index.csv"), INDEX, images)
-        self.sizes = np.stack((index["width"], index["height"]), axis=1)  # (images, 2)
-        self.groups = index["group"].copy()  # (images,); a view would keep all of the table
+        super().__init__(np.memmap(data_path, np.uint8, "r", shape=(images, canvas, canvas)),
+                         np.stack((index["width"], index["height"]), axis=1),
+                         index["group"].copy())  # a view would keep all of the table
         self.hashes, self.looks = index["hash"][:, 0], index["looks"]  # uint64 (images,), (images, WORDS)
         digests = _read_table(os.path.join(folder, "groups.csv"), GROUPS, self.info["groups"])
         self.group_digests, self.named = digests["digest"][:, 0], digests["named"] > 0  # uint64, bool (groups,)
         if images and (self.sizes.min() < 1 or self.groups.min() < 0 or self.groups.max() >= self.info["groups"]):
             raise ValueError(f"{folder}/index.csv: sizes or group numbers that cannot be; pack again")
-
-    def __len__(self):
-        return len(self.canvases)
 
     def __reduce__(self):  # a data worker that is not forked opens the pack again: pickle would copy all canvases
         return Pack, (self.folder,)

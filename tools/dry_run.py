@@ -23,6 +23,7 @@ import kernels
 import pretrain
 import runtime
 from data import PretrainBatches
+from frames.packed import Canvases
 
 MEASURED_SECONDS, CPU_IMAGES = 10, 32  # real steps take at least so long; on a CPU they have at most so many images
 MEAN, STD = 0.2, 0.2  # of the noise: they change no cost
@@ -68,13 +69,8 @@ def noise_batch(args, images):
     """What PretrainBatches gives for one micro-batch, of canvases of noise."""
     rng = np.random.default_rng(0)
     canvases = rng.integers(0, 256, (images, args.canvas, args.canvas), dtype=np.uint8)
-    frames = Frames(canvases=canvases, sizes=np.tile([4, 3], (images, 1)) * args.canvas, groups=np.arange(images))
+    frames = Canvases(canvases, np.tile([4, 3], (images, 1)) * args.canvas, np.arange(images))
     return PretrainBatches(frames, SimpleNamespace(**{**vars(args), "accum_iter": 1, "batch_size_per_gpu": images}))[0]
-
-
-class Frames(SimpleNamespace):
-    def __len__(self):
-        return len(self.canvases)
 
 
 def step(student, teacher, state, batch, args, device):

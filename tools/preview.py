@@ -18,9 +18,8 @@ import runtime
 from data import PretrainBatches, to_device
 from frames.images import count_frames, decode_chunk, read_frames
 from frames.lists import list_images
-from frames.packed import Pack
+from frames.packed import Canvases, Pack
 from frames.phantom import phantom_images
-from tools.dry_run import Frames
 
 IMAGES, LOCAL_CROPS = 6, 4  # at most so many are shown
 GAP, MARGIN = 8, 24  # pixels between tiles; left of a row, for its number
@@ -33,7 +32,7 @@ def spread(count):
 
 
 def read_images(args):
-    """(originals, a list of uint8 (h, w); Frames of their canvases), read as pack.py does; a clip's middle frame."""
+    """(originals, a list of uint8 (h, w); Canvases), read as pack.py does; a clip's middle frame."""
     if not args.data:
         canvases, _, _ = phantom_images(IMAGES, pretrain.PHANTOM_SIZE, pretrain.PHANTOM_SEED)
         originals, sizes = list(canvases), [canvases.shape[:0:-1]] * IMAGES
@@ -56,7 +55,7 @@ def read_images(args):
                 reasons.append(f"{path}: {failed[0][2] if failed else 'in colour'}")
         if not originals:
             raise ValueError(f"none of {len(reasons)} files can be shown; first: {reasons[0]}")
-    return originals, Frames(canvases=np.stack(canvases), sizes=np.array(sizes), groups=np.arange(len(originals)))
+    return originals, Canvases(np.stack(canvases), np.array(sizes), np.arange(len(originals)))
 
 
 def shade(crops, micro, patch_size):

@@ -11,7 +11,7 @@ from stage_tools import run_tool
 import data
 import pack
 import pretrain
-from frames.packed import Pack
+from frames.packed import Canvases, Pack
 from tools import preview
 
 SMALL = ["--preset", "cpu", "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "3",
@@ -56,7 +56,7 @@ def test_folder(folder, tmp_path):
     shown = [packed.names([index])[0] for index in range(len(packed))]
     shown = np.array([shown.index(f"Doe_Jane_{number:02}.png") for number in (1, 3, 7, 9, 11)])  # 5 is unreadable
     args = pretrain.get_args([*SMALL, "--batch_size_per_gpu", "5"])
-    frames = preview.Frames(canvases=packed.canvases[shown], sizes=packed.sizes[shown], groups=np.arange(5))
+    frames = Canvases(packed.canvases[shown], packed.sizes[shown], np.arange(5))
     batches = data.PretrainBatches(frames, args)
     micro, = data.to_device(batches[0], torch.device("cpu"), args, 0.3, 0.2)  # normalised, unlike the preview's
     crops = {kind: (255 * (0.2 * micro[f"{kind}_crops"][:, 0] + 0.3)).unflatten(0, (-1, 5))
