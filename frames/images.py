@@ -19,14 +19,13 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from frames import dicom
-from frames.dicom import MAX_PIXELS
+from frames.dicom import MAX_PIXELS, SCALE_FRAMES
 from frames.fan import apply_fan, find_fan
 from frames.leakage import WORDS, content_hash, perceptual_hash, salted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
 MAX_FRAMES = 5_000  # of a file: minutes; opening a longer one anew for each chunk would take hours
 COLOUR_SPREAD, COLOUR_SHARE = 24, 0.01  # in colour: over 1 % of the pixels have channels further apart than 24
-SCALE_FRAMES = 32  # frames of a file whose percentiles scale it
 CLIPS = ("GIF", "TIFF")  # Pillow's formats whose frames are read; a phone's JPEG holds its own thumbnail
 DEEP = ("I", "F")  # its modes of 16-bit, 32-bit and float grey begin so
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")  # Pillow's others would run PostScript, for one
@@ -220,16 +219,16 @@ def frames_and_fan(path, first, crop_fan):
     frames = read_frames(path, first)
     if not crop_fan:
         return frames, None
-    head, failure, start = [], [], read_frames(path) if first else frames
+    head, failure, start = [], None, read_frames(path) if first else frames
     try:
         head.extend(itertools.islice(start, FAN_FRAMES))
     except Exception as error:
-        failure.append(error)
+        failure = error
 
     def again():
         yield from head
-        for error in failure:
-            raise error
+        if failure is not None:
+            raise failure
         yield from start
 
     highest = head[0].grey if head else None

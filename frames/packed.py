@@ -47,8 +47,7 @@ class Pack(Canvases):
     def __init__(self, folder):
         info_path = os.path.join(folder, "pack.json")
         try:
-            with open(info_path) as file:
-                self.info = dict(json.load(file))
+            self.info = dict(load_json(info_path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: not a readable pack ({error}); make one with: python pack.py SRC {folder}")
         needed = {"images", "canvas", "mean", "std", "groups"}

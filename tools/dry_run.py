@@ -56,10 +56,10 @@ class Cost(TorchDispatchMode):
 
 def attention_flops(backbone, micro, drops, recomputed):
     """Of a whole step: the kernels are no operation that `Cost` sees. Forward 2 products of N x N x C, backward 7."""
-    N = 1 + backbone.num_register_tokens + (micro["global_crops"].shape[-1] // backbone.patch_size) ** 2
-    teacher = len(backbone.blocks) * len(micro["global_crops"]) * N ** 2 * 2
-    local = 1 + backbone.num_register_tokens + (micro["local_crops"].shape[-1] // backbone.patch_size) ** 2
-    everyone = [(len(micro["global_crops"]), N), (len(micro["local_crops"]), local)]
+    everyone = [(len(crops), 1 + backbone.num_register_tokens + (crops.shape[-1] // backbone.patch_size) ** 2)
+                for crops in (micro["global_crops"], micro["local_crops"])]
+    B, N = everyone[0]
+    teacher = len(backbone.blocks) * B * N ** 2 * 2
     kept = [drop.shapes for drop in drops[::2]] if drops else [everyone] * len(backbone.blocks)
     student = sum(B * N ** 2 for shapes in kept for B, N in shapes) * (2 + 7 + 2 * recomputed)
     return 2 * backbone.embed_dim * (teacher + student)
