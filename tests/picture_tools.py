@@ -1,7 +1,15 @@
 """Images and masks to draw, and what is found of them in pictures."""
 import numpy as np
+from PIL import Image
 
 GREY = 97  # of test images: no other large patch of an overlay has it
+
+
+def pixels(path):
+    """The PNG as int16 (h, w, 3)."""
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB")).astype(np.int16)
 
 
 def is_colour(image, colour):

@@ -12,6 +12,7 @@ from stage_tools import run_tool
 from labelled.fmc_uia import Task, read_task_mask, read_tasks
 from scores import challenge
 from scores.challenge import mask_place, records_of
+from tools import score_submission
 
 RNG = np.random.default_rng(0)
 CLS, DET, REG = Task("cls", "classification", 3), Task("det", "detection", 1), Task("reg", "regression", 2)
@@ -292,21 +293,17 @@ def test_records_that_do_not_fit(tmp_path, found, kind, text, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_the_script_scores_a_folder(tmp_path, found):
+def test_the_script_scores_a_folder(tmp_path, found, monkeypatch, capsys):
     out, data = str(tmp_path / "out"), str(tmp_path / "the data")
     write_truth(out, found, ("seg", "cls"))
-
-    def run(*words):
-        return run_tool("score_submission", tmp_path, *words, "--data", data)
-
-    done = run(out, "--json", "scores.json")
-    assert done.returncode == 0, done.stderr
-    words = [line.split() for line in done.stdout.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    score_submission.main(score_submission.get_args([out, "--json", "scores.json", "--data", data]))
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["seg", "4", "0", "1.0000", "0.00", "|", "1.0000", "0.00"] in words
     assert ["det", "4", "4", "-", "|", "0.0000"] in words and ["leaderboard", "1.0000", "0.00"] in words
     written = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert written["leaderboard"] == {**PERFECT["seg"], **PERFECT["cls"]} and written["missing"]["reg"] == 4
     assert {key: written[key] for key in ("challenge", "sound")} == {
         key: challenge.score_submission(out, found)[key] for key in ("challenge", "sound")}
-    done = run("nowhere")
+    done = run_tool("score_submission", tmp_path, "nowhere", "--data", data)
     assert done.returncode == 2 and done.stderr.startswith("score_submission.py: error: nowhere: no such folder")

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from picture_tools import pixels
 
 from scores import plots
 
@@ -14,9 +14,7 @@ def gates(tmp_path, shares, tasks=None, layers=None, title="gates"):
     T, L, _ = np.shape(shares)
     path = tmp_path / "gates.png"
     plots.gates_png(path, shares, tasks or [f"task {t}" for t in range(T)], layers or [f"block {l}" for l in range(6, 6 + L)], title)
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB")).astype(np.int16)
+    return pixels(path)
 
 
 def cells(image, T, E):

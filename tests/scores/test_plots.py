@@ -5,15 +5,9 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from picture_tools import pixels
 
 from scores import plots
-
-
-def pixels(path):
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB")).astype(np.int16)
 
 
 def of_colour(image, colour):
