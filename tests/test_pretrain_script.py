@@ -333,7 +333,7 @@ def test_a_log_without_its_checkpoint_is_kept_aside(packed, tmp_path):
     (["--data", "empty"], "no images found"),
     (["--local_crops_numbers", "3"], "--local_crops_numbers: no such option"),
     (["--local_crops_size", "30"], "--local_crops_size 30 is not a multiple of --patch_size 8"),
-    (["--drop_path_rate", "1.0"], "--drop_path_rate is a share between 0 and 1")])
+    (["--drop_path_rate", "1.0"], "--drop_path_rate is a share from 0 to below 1, not 1.0")])
 def test_bad_arguments_get_a_sentence(tmp_path, args, says):
     (tmp_path / "empty").mkdir()
     out = pretrain(tmp_path, *args, expect=2)
