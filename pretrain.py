@@ -14,6 +14,7 @@ import argparse
 import copy
 import math
 import os
+import signal
 import time
 import traceback
 
@@ -443,6 +444,8 @@ if __name__ == "__main__":
         try:
             main(get_args())
         except BaseException as error:
+            if hasattr(signal, "SIGCHLD"):  # torch's handler raises wherever it interrupts, here in somebody's __del__
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             traceback.clear_frames(error.__traceback__)  # ends the data workers: no exit waits for them in vain
             # raised anywhere, by a signal handler of torch's; or by what was reading from the worker as it died
             if str(error).startswith("DataLoader worker (pid") or isinstance(error, WORKER_GONE):
