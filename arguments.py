@@ -33,8 +33,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with our habits: whole names only, defaults in the help, no page of usage above an error or the help."""
 
     def __init__(self, description, usage="%(prog)s [OPTION ...]", **more):
-        super().__init__(description=description, usage=usage, allow_abbrev=False,
-                         formatter_class=Help, **more)
+        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=Help, **more)
 
     def error(self, message):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -47,7 +46,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(own)))
         wrong = [word for word in unknown if word.startswith("-")] or unknown
         if wrong:
-            self.error(f"{wrong[0]}: no such option{self.nearest(wrong[0].split('=')[0])}")
+            word = wrong[0].split("=")[0]
+            self.error(f"{word}: no such option{self.nearest(word)}")
         given = {name for name, value in vars(args).items() if value is not None}
         for name, value in {**own, **(preset(args) if preset else {})}.items():
             if name not in given:
@@ -72,6 +72,12 @@ class Parser(argparse.ArgumentParser):
         for name in positive:
             if not 0 < getattr(args, name) < float("inf"):
                 self.error(f"--{name} must be positive, not {getattr(args, name)}")
+
+
+def stage_parser(doc, presets):
+    """The Parser of a fine-tuning stage: its first preset is what the options' defaults are, "cpu" the other one."""
+    return Parser(doc.split("\n")[0], epilog=f"Defaults are those of --preset {next(iter(presets))}; cpu has "
+                  f"{in_words(presets['cpu'])}.")
 
 
 def add_run(p, presets, output_dir, eval_batch_size, save_every, unit):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import runtime
-from arguments import Parser, add_run, by_data, in_words
+from arguments import add_run, by_data, stage_parser
 from frames import phantom
 from frames.images import Frame, read_image
 from labelled.labels import LabelledSet, read_labelled
@@ -54,8 +54,7 @@ Data = collections.namedtuple("Data", "names labels classes groups grouped_by tr
 
 
 def get_args(argv=None):
-    p = Parser(__doc__.split("\n")[0], epilog=f"Defaults are those of --preset ultradino; cpu has "
-               f"{in_words(PRESETS['cpu'])}.")
+    p = stage_parser(__doc__, PRESETS)
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
     add = p.add_argument_group("data").add_argument
     add("--data", help="folder with a folder per class, CSV image,label[,group][,split], or "

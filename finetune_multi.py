@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import runtime
-from arguments import Parser, add_run, by_data, in_words
+from arguments import add_run, by_data, stage_parser
 from labelled import task_sets
 from labelled.fmc_uia import GROUPS_FILE
 from model import SIZES
@@ -48,8 +48,7 @@ NOT_RECIPE = {"data", "tasks", "group_regex", "groups", "skip_wrong_rows", "val_
 
 
 def get_args(argv=None):
-    p = Parser(__doc__.split("\n")[0], epilog=f"Defaults are those of --preset m2dino; cpu has "
-               f"{in_words(PRESETS['cpu'])}.")
+    p = stage_parser(__doc__, PRESETS)
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
     add = p.add_argument_group("data").add_argument
     add("--data", help="folder with csv_files/, as FMC_UIA is downloaded; without it phantoms")
@@ -100,8 +99,7 @@ def check_args(p, args):
     least = dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
                  img_size=1, weight_decay=0, experts=1, task_dim=1, channels=32, backbone_lr=0, balance_weight=0,
                  rope_rescale=1, top_k=1)
-    p.check(args, least, shares=("val_fraction", "test_fraction"),
-            positive=("lr", "clip_grad"))
+    p.check(args, least, shares=("val_fraction", "test_fraction"), positive=("lr", "clip_grad"))
     if args.channels % 32:  # half of them in groups of 16
         p.error(f"--channels must be a multiple of 32, not {args.channels}")
     if args.top_k is not None and args.top_k > args.experts:
@@ -149,7 +147,8 @@ def fine_tune(backbone, info, data, numbers, args, seed, path, device, rank, wor
     turns = many_tasks.whose_turn(len(tasks), rounds, seed)
 
     # ---- resume ----
-    identity = runtime.run_identity(rates, NOT_RECIPE, info, seed=seed, tasks=[list(task) for task in tasks],
+    identity = runtime.run_identity(rates, NOT_RECIPE, info, seed=seed, warmup_fraction=WARMUP_FRACTION,
+                                    tasks=[list(task) for task in tasks],
                                     images=task_sets.digest_of(data, numbers, canvases))
     worst = {"normalised": -np.inf, "step": 0, "scores": {}}
     run = runtime.open_run(path, identity, network, optimizer, worst, device, rank == 0, [task.name for task in tasks])
@@ -285,7 +284,8 @@ def settings_of(data, args, info):
     """What runs must have in common to be compared: recipe, data, parts, start and seeds."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
     settings.update(images=task_sets.digest_of(data, range(len(data.tasks)), data.images.at(args.img_size)),
-                    start=info["digest"], config=info["config"], seed=args.seed, seeds=args.seeds)
+                    start=info["digest"], config=info["config"], seed=args.seed, seeds=args.seeds,
+                    warmup_fraction=WARMUP_FRACTION)
     return json.loads(json.dumps(settings))
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import runtime
-from arguments import Parser, add_run, by_data, in_words
+from arguments import add_run, by_data, stage_parser
 from kernels import all_reduce
 from labelled.mask_sets import PHANTOM_SIZE, class_shares, digest_of, draw_shots, open_data
 from model import SIZES
@@ -46,8 +46,7 @@ NOT_RECIPE = {"data", "masks", "mask_pattern", "classes", "exclude", "group_rege
 
 
 def get_args(argv=None):
-    p = Parser(__doc__.split("\n")[0], epilog=f"Defaults are those of --preset ultradino; cpu has "
-               f"{in_words(PRESETS['cpu'])}.")
+    p = stage_parser(__doc__, PRESETS)
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
     add = p.add_argument_group("data").add_argument
     add("--data", help="images and masks: two folders, side by side, .mha, FASS, JNU-IFM or HC18 as "
@@ -102,8 +101,7 @@ def check_args(p, args):
         p.error(f"--{', --'.join(of_data)} need --data: phantoms have no files")
     least = dict(seeds=1, seed=0, test_seed=0, iters=1, batch_size=1, eval_batch_size=1, save_every=1, val_every=1,
                  img_size=1, warmup_iters=0, weight_decay=0, dice_weight=0, shots=1, channels=1, tolerance=0)
-    p.check(args, least, shares=("val_fraction", "test_fraction", "drop_path_rate"),
-            positive=("lr", "layer_decay"))
+    p.check(args, least, shares=("val_fraction", "test_fraction", "drop_path_rate"), positive=("lr", "layer_decay"))
     if min(args.split_seed) < 0 or len({*args.split_seed}) < len(args.split_seed):
         p.error(f"--split_seed must be numbers from 0, each once, not {' '.join(map(str, args.split_seed))}")
     if args.warmup_iters >= args.iters:
@@ -208,11 +206,12 @@ def sentences(found, data, draws, args):
         f"{', '.join(map(str, draws))}, again until they showed every class; validation and test were whole. ")
     images = (f"{few}{found['copies']['sentence']} Images were squashed to {args.img_size} pixels a side, and padded "
               f"to a multiple of a model's patch size; masks were scored at each image's own size. ")
-    given = [f"the test masks of {', '.join(name for name, _ in named_files(args.predictions))}"]
+    given = [name for name, _ in named_files(args.predictions)]
+    given = [f"the test masks of {', '.join(given)}"] if given else []
     scores = (f"Dice, IoU, HD95 and surface Dice (tolerance {args.tolerance:g} {found['unit']}) are of each image and "
               f"class that the truth shows, a missing one counting 0, HD95 the image's diagonal; pooled scores are of "
               f"all pixels together. {circumference_text(found)}")
-    return methods_text(found, data, SCRIPT, images, given * bool(args.predictions), protocol(args), scores)
+    return methods_text(found, data, SCRIPT, images, given, protocol(args), scores)
 
 
 def circumference_text(found):

@@ -243,10 +243,11 @@ def train_step(student, teacher, optimizer, buffers, centers, micros, values, ar
 
     buffers: (student's, teacher's) flatten_parameters. values: this step's schedules. centers (2, K), changed in place.
     Returns {name: number on the device}: the four weighted terms, entropy and information of targets, gradient norms
-    of backbone and heads, `finite` (0: nothing was changed), ranks that want to `stop`, with --mask_tissue its share.
+    of backbone and heads, `finite` (0: nothing was changed), ranks that want to `stop`; with --mask_tissue the share of
+    masked patches that show `tissue`.
     """
     dtype, temp, terms, student_buffers = getattr(torch, args.dtype), values["teacher_temp"], [], buffers[0]
-    cast = torch.autocast(centers.device.type, dtype, enabled=dtype != torch.float32)
+    cast = runtime.autocast(centers.device, args.dtype)
     weights = DINO_WEIGHT, IBOT_WEIGHT, args.koleo_loss_weight * args.batch_size_per_gpu / batch
     with cast:
         targets, new_centers = teacher_targets(teacher, micros, centers, temp, args.centering, dtype)
@@ -309,6 +310,15 @@ def open_data(args):
     return pack.open_pack(args.data, folder, runtime.is_first_on_machine(), **pack.options(args))
 
 
+def identity_of(args, data, batch, init):
+    """What must be equal for a run to go on: recipe, its constants too, digests of data and --init, the batch."""
+    recipe = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
+    return {**recipe, "data": data, "batch": batch, "init": init, "dino_loss_weight": DINO_WEIGHT,
+            "ibot_loss_weight": IBOT_WEIGHT, "weight_decay_end": WEIGHT_DECAY_END,
+            "warmup_teacher_temp_fraction": WARMUP_TEACHER_TEMP_FRACTION,
+            "freeze_last_layer_fraction": FREEZE_LAST_LAYER_FRACTION}
+
+
 def checkpoint_of(student, teacher, optimizer, centers, step, constant):
     """What last.pt holds: tensors and plain values only, and no file names (they can be patients' names)."""
     return {"teacher": runtime.cpu_copy(teacher.state_dict()), "student": runtime.cpu_copy(student.state_dict()),
@@ -364,8 +374,7 @@ def main(args):
 
     # ---- resume ----
     path, log_path = (os.path.join(args.output_dir, name) for name in ("last.pt", "log.jsonl"))
-    identity = {key: value for key, value in vars(args).items() if key not in NOT_RECIPE}
-    identity.update(data=data.info["digest"], batch=batch, init=start and start[1]["digest"])
+    identity = identity_of(args, data.info["digest"], batch, start and start[1]["digest"])
     constant = {"config": start[1]["config"] if start else backbone_config(args), "mean": data.mean, "std": data.std,
                 "args": {key: value for key, value in vars(args).items() if key not in PATHS}, "identity": identity,
                 "seen": merge_seen(data.digests(), start and start[1]["seen"]), "commit": runtime.git_commit(),

@@ -231,7 +231,8 @@ def open_run(path, identity, network, optimizer, worst, device, is_main, parts=(
         if "optimizer" in saved:
             network.load_state_dict(saved["network"])
             optimizer.load_state_dict(saved["optimizer"])
-            run.losses.copy_(torch.tensor(saved["losses"]))
+            # `total` is what files of before this class call a single loss
+            run.losses.copy_(torch.tensor(saved["losses"] if "losses" in saved else [saved["total"]]))
     return run
 
 

@@ -44,8 +44,7 @@ def refused(capsys, get_args, flags):
     ("score_submission", ["--jsn", "5"], "--json"), ("phantom_sheet", ["--sise", "5"], "--size")])
 def test_a_wrong_flag_is_one_line_with_the_nearest_name(capsys, script, flags, nearest):
     error = refused(capsys, SCRIPTS[script].get_args, [*NEEDED.get(script, []), *flags])
-    assert error == f"{flags[0].split('=')[0]}: no such option; did you mean {nearest}?".replace(
-        flags[0].split("=")[0], flags[0], 1)
+    assert error == f"{flags[0].split('=')[0]}: no such option; did you mean {nearest}?"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -91,6 +91,18 @@ def test_a_stopped_and_resumed_run_is_bit_equal(folder, stops, capsys):
     assert [record["epoch"] for record in log] == [1, 2]
 
 
+def test_an_unfinished_file_of_earlier_code_goes_on(folder):
+    """It calls the sum of losses `total`, a number."""
+    whole, best = fine_tune(folder, folder / "whole.pt", [], "--save_every", 1)
+    assert fine_tune(folder, folder / "cut.pt", StopAfter(4), "--save_every", 1) is None
+    saved = checkpoint(folder / "cut.pt")
+    saved["total"], = saved.pop("losses")
+    runtime.save_checkpoint(folder / "cut.pt", saved)
+    resumed, resumed_best = fine_tune(folder, folder / "cut.pt", [], "--save_every", 1)
+    assert np.array_equal(whole, resumed) and best == resumed_best and saved["total"] > 0
+    assert_same_run(folder / "whole", folder / "cut")
+
+
 def test_a_signal_ends_the_command_and_the_same_command_goes_on(folder):
     assert_a_signal_is_heeded(finetune_cls, folder, "--data", "set.csv", "--ckpt", "a.pt", *QUICK)
 

@@ -154,6 +154,20 @@ def test_non_finite_step_reaches_nothing(where):
     assert any(not torch.equal(a, b) for a, b in zip(before, state())) and all(p.isfinite().all() for p in state())
 
 
+def test_the_recipes_constants_make_a_run_what_it_is(monkeypatch):
+    """A run of other constants is another one; of the same ones it goes on, whatever has become of their flags."""
+    args = pretrain.get_args([])
+    before = pretrain.identity_of(args, "digest", 32, None)
+    assert (before["weight_decay_end"], before["base_lr"], before["init"]) == (0.4, args.base_lr, None)
+    assert not {"output_dir", "num_workers", "holdout"} & before.keys()
+    for name in ("DINO_WEIGHT", "IBOT_WEIGHT", "WEIGHT_DECAY_END", "WARMUP_TEACHER_TEMP_FRACTION",
+                 "FREEZE_LAST_LAYER_FRACTION"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain, name, 0.123)
+            assert pretrain.identity_of(args, "digest", 32, None) != before, name
+    assert pretrain.identity_of(args, "digest", 32, None) == before
+
+
 # ---------------------------------------------------------------- losses
 
 def test_koleo_duplicates_count_but_do_not_blow_up_the_step():

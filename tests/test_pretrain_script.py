@@ -252,6 +252,30 @@ def test_a_connection_that_breaks_as_a_worker_dies_is_no_riddle(packed, tmp_path
     assert "Traceback" not in done.stderr, done.stderr
 
 
+def test_the_death_of_a_worker_is_told_once(packed, tmp_path):
+    """torch's handler of a dead child raises wherever it interrupts; while the run is leaving, nobody can catch that."""
+    (tmp_path / "planted.py").write_text(
+        "import os, runpy, signal, sys\n"
+        "from tqdm import tqdm\n"
+        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter\n"
+        "close = tqdm.__del__\n"
+        "def planted_del(self):\n"
+        "    os.kill(os.getpid(), signal.SIGCHLD)\n    close(self)\n"
+        "def planted(self, timeout=0):\n"
+        "    handler = signal.signal(signal.SIGCHLD, lambda *_: None)  # the signal comes later, in planted_del\n"
+        "    os.kill(self._workers[0].pid, signal.SIGKILL)\n"
+        "    os.waitid(os.P_PID, self._workers[0].pid, os.WEXITED | os.WNOWAIT)\n"
+        "    signal.signal(signal.SIGCHLD, handler)\n"
+        "    raise ConnectionResetError(104, 'Connection reset by peer')\n"
+        "tqdm.__del__, _MultiProcessingDataLoaderIter._try_get_data = planted_del, planted\n"
+        "sys.argv.pop(0)\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    args = ["--data", packed, *SMALL, "--batch_size_per_gpu", 8, "--num_workers", 1]
+    done = subprocess.run([sys.executable, "planted.py", *map(str, [ROOT / "pretrain.py", *args])], cwd=tmp_path,
+                          env={**environment(), "PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2 and "error: a data worker died" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+
+
 def test_an_error_inside_a_data_worker_keeps_its_traceback(packed, tmp_path):
     """And the run ends: its workers ignore SIGTERM, so that an exit that left them to it would wait for ever."""
     (tmp_path / "planted.py").write_text(
